@@ -1,0 +1,131 @@
+"""Taps: one ordinary forward of the untouched model, with the states recorded at chosen module paths.
+
+Training and recording use taps and not the cut, so that DDP, FSDP, autocast and gradient checkpointing work as always.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
+
+from offramp.core.errors import NotCuttable
+
+
+def resolve(model: nn.Module, path: str) -> nn.Module:
+    """The submodule at ``path``.
+
+    Raises:
+        NotCuttable: there is none; the error names the nearest paths.
+    """
+    modules = dict(model.named_modules())
+    if path and path in modules:
+        return modules[path]
+    names = [n for n in modules if n]
+    near = difflib.get_close_matches(path, names, n=5, cutoff=0.3) or names[:5]
+    raise NotCuttable(f"{type(model).__name__} has no module at {path!r}.", reason="missing", path=path, suggestions=near)
+
+
+def first_tensor(output: Any) -> Tensor | None:
+    """The first floating-point tensor in a module's output, depth first: the state that an exit reads."""
+    for leaf in tree_leaves(output):
+        if isinstance(leaf, Tensor) and leaf.is_floating_point():
+            return leaf
+    return None
+
+
+class Taps:
+    """Records the output of modules during one forward.
+
+    Use as a context manager around forwards. ``states`` then holds one tensor per path, in the order the modules ran.
+    The hooks are removed on leaving, also after an error, which leaves the model exactly as it was.
+
+    Args:
+        model: the user's model.
+        paths: module paths; each must run exactly once in a forward.
+        transform: applied to the state in place, in the forward (gradient equilibrium scales gradients here); ``None``
+            leaves the forward as it is.
+
+    Raises:
+        NotCuttable: a path does not exist; or, when ``states`` is read, a module was not reached or ran more than once.
+    """
+
+    def __init__(self, model: nn.Module, paths: Sequence[str], transform: Callable[[int, Tensor], Tensor] | None = None) -> None:
+        self.model = model
+        self.paths = tuple(paths)
+        self._modules = [resolve(model, p) for p in self.paths]
+        self._transform = transform
+        self._handles: list[RemovableHandle] = []
+        self._seen: dict[str, Tensor] = {}
+        self._calls: dict[str, int] = {}
+
+    def __enter__(self) -> Taps:
+        for index, (path, module) in enumerate(zip(self.paths, self._modules, strict=True)):
+            self._handles.append(module.register_forward_hook(self._hook(index, path)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def clear(self) -> None:
+        """Forget the states of the last forward."""
+        self._seen.clear()
+        self._calls.clear()
+
+    def _hook(self, index: int, path: str) -> Callable[..., Any]:
+        def record(module: nn.Module, args: Any, output: Any) -> Any:
+            state = first_tensor(output)
+            if state is None:
+                raise NotCuttable(f"The module at {path!r} returns no floating-point tensor for an exit to read.", reason="output", path=path)
+            self._calls[path] = self._calls.get(path, 0) + 1
+            if self._transform is None:
+                self._seen[path] = state
+                return None
+            changed = self._transform(index, state)
+            self._seen[path] = changed
+            return _replace_first(output, state, changed)
+
+        return record
+
+    @property
+    def order(self) -> tuple[str, ...]:
+        """Paths in the order in which their modules ran."""
+        return tuple(self._seen)
+
+    @property
+    def states(self) -> tuple[Tensor, ...]:
+        """One tensor per path, in the order of ``paths``."""
+        for path in self.paths:
+            calls = self._calls.get(path, 0)
+            if calls == 0:
+                raise NotCuttable(
+                    f"The module at {path!r} did not run in this forward. Choose a module that every input passes through.",
+                    reason="unreached",
+                    path=path,
+                )
+            if calls > 1:
+                raise NotCuttable(
+                    f"The module at {path!r} ran {calls} times in one forward (shared or looped), so a state there is ambiguous. "
+                    "Choose a module that runs once.",
+                    reason="repeated",
+                    path=path,
+                )
+        return tuple(self._seen[p] for p in self.paths)
+
+
+def _replace_first(output: Any, old: Tensor, new: Tensor) -> Any:
+    if isinstance(output, Tensor):
+        return new
+    if isinstance(output, tuple | list):
+        items = [new if item is old else item for item in output]
+        return type(output)(items) if not hasattr(output, "_fields") else type(output)(*items)
+    raise NotCuttable(
+        f"A module that returns a {type(output).__name__} cannot have its state replaced; gradient scaling needs a tensor or a tuple.",
+        reason="output",
+    )

@@ -1,0 +1,72 @@
+"""System and Card: a published method as a frozen composition of parts. Systems make it, engines use it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from offramp.core.protocols import HeadSpec, Rule
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a method is and claims. No speed-up figure is ever written here.
+
+    Attributes:
+        name: the method's published short name; the file is named after it.
+        title: of the paper.
+        year: of publication.
+        engine: ``classify``, ``generate``, ``denoise``, ``stream`` or ``split``.
+        delta_from: the method it changes, or ``""``.
+        delta: what it changes, by named axis (``head``, ``score``, ``rule``, ``train``, ``calibrate``, ``axis``).
+        lossless: outputs equal the base model's.
+        guaranteed: comes with a statistical guarantee.
+        trained: needs training beyond the base model's.
+        status: ``reference`` (parity with the authors' code recorded), ``faithful`` (claim reproduced), ``sketch``.
+        claim: the paper's claim as a sentence that `offramp reproduce` measures.
+        bibtex: for `offramp cite`.
+        arxiv: identifier or ``""``.
+    """
+
+    name: str
+    title: str
+    authors: str
+    year: int
+    venue: str
+    engine: Literal["classify", "generate", "denoise", "stream", "split"]
+    claim: str
+    bibtex: str
+    delta_from: str = ""
+    delta: Mapping[str, str] | None = None
+    lossless: bool = False
+    guaranteed: bool = False
+    trained: bool = True
+    status: Literal["reference", "faithful", "sketch"] = "sketch"
+    arxiv: str = ""
+
+
+@dataclass(frozen=True)
+class System:
+    """A composition. Every field is a part; ``None`` means the method does not have one.
+
+    Attributes:
+        card: what it is.
+        rule: score of each exit.
+        head: head at each early exit; ``None`` keeps the network's own.
+        placement: where the exits go (a part of ``exits``), or ``None`` for the default.
+        recipe: how it is trained; ``None`` for post-hoc methods.
+        calibrator: how thresholds are chosen.
+        target: the budget the paper uses by default.
+    """
+
+    card: Card
+    rule: Rule
+    head: HeadSpec | None = None
+    placement: Any = None
+    recipe: Any = None
+    calibrator: Any = None
+    target: Any = None
+    reduction: Any = None
+    draft: Any = None
+    fill: Any = None

@@ -1,0 +1,397 @@
+"""A model with exits: the user's network, heads on its states, and both ways to run them.
+
+Training and recording run one ordinary forward of the untouched model with taps; engines run its cut.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map
+
+import offramp.exits
+import offramp.policies
+from offramp.backbones import Cut, Taps, cut, repeated_blocks
+from offramp.core.bundle import fingerprint, load_bundle, save_bundle
+from offramp.core.certificate import Plan
+from offramp.core.errors import ArtifactError, FingerprintMismatch, InvalidInput, NotCuttable
+from offramp.core.flops import count_flops
+from offramp.core.parts import part_from_dict, part_to_dict
+from offramp.core.protocols import Head, HeadSpec, Rule
+from offramp.core.system import System
+from offramp.exits import Evenly, PooledLinear
+from offramp.exits.placement import Placement
+
+OUTPUT = "output"
+"""Name of the last exit: the model's own output."""
+
+
+def answer(output: Any) -> Tensor:
+    """The tensor in a model's output that exits imitate: the tensor itself, ``.logits``, ``["logits"]``, or the only tensor.
+
+    Raises:
+        InvalidInput: it cannot be told; pass ``select=`` to `attach`.
+    """
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(getattr(output, "logits", None), Tensor):
+        logits: Tensor = output.logits
+        return logits
+    if isinstance(output, Mapping) and isinstance(output.get("logits"), Tensor):
+        return output["logits"]
+    tensors = [leaf for leaf in tree_flatten(output)[0] if isinstance(leaf, Tensor)]
+    if len(tensors) == 1:
+        return tensors[0]
+    raise InvalidInput(
+        f"The model returns a {type(output).__name__} with {len(tensors)} tensors, so its answer cannot be told. "
+        "Pass select=lambda output: ... to attach()."
+    )
+
+
+class Example(NamedTuple):
+    """Inputs to shape a network by: how forward is called, with two rows."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Example:
+        def move(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor):
+                return leaf
+            return leaf.to(device, dtype) if leaf.is_floating_point() else leaf.to(device)
+
+        return Example(*tree_map(move, (self.args, self.kwargs)))
+
+
+def as_example(example: Any) -> Example:
+    """Accept a tensor, a tuple of positional inputs, a mapping of keyword inputs, or ``(args, kwargs)``; keep two rows."""
+    if isinstance(example, Example):
+        args, kwargs = example
+    elif isinstance(example, Tensor):
+        args, kwargs = (example,), {}
+    elif isinstance(example, Mapping):
+        args, kwargs = (), dict(example)
+    elif isinstance(example, tuple | list) and len(example) == 2 and isinstance(example[0], tuple | list) and isinstance(example[1], Mapping):
+        args, kwargs = tuple(example[0]), dict(example[1])
+    elif isinstance(example, tuple | list):
+        args, kwargs = tuple(example), {}
+    else:
+        raise InvalidInput(f"example must be a tensor, a tuple, a mapping or (args, kwargs); got {type(example).__name__}.")
+    tensors = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor) and t.ndim]
+    if not tensors:
+        raise InvalidInput("The example holds no tensor with a batch dimension.")
+    batch = tensors[0].shape[0]
+
+    def two(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or not leaf.ndim or leaf.shape[0] != batch:
+            return leaf
+        return (leaf[:2] if batch >= 2 else torch.cat([leaf, leaf])).detach().clone()
+
+    return Example(*tree_map(two, (args, kwargs)))
+
+
+@dataclass(frozen=True)
+class Exit:
+    """One exit.
+
+    Attributes:
+        name: module path it reads.
+        spec: its head as data, or ``None`` if a module was given.
+        hidden_shape: shape of the state it reads, without the batch.
+        head_flops: FLOPs per item of its head.
+    """
+
+    name: str
+    spec: HeadSpec | None
+    hidden_shape: tuple[int, ...]
+    head_flops: int
+
+
+class MultiExit(nn.Module):
+    """A model with exits. Made by `attach`.
+
+    ``forward`` takes what the model takes and returns K logits ``[B, C]``, the model's own answer last.
+
+    Attributes:
+        model: the user's network, untouched.
+        heads: one module per early exit, in execution order.
+        exits: what is known about each early exit.
+        state_transform: ``(exit index, state) -> state`` applied inside the training forward (gradient equilibrium), or ``None``.
+    """
+
+    def __init__(
+        self, model: nn.Module, exits: Sequence[Exit], heads: Sequence[nn.Module], example: Example, select: Callable[[Any], Tensor], system: System | None
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.heads = nn.ModuleList(heads)
+        self.exits = tuple(exits)
+        self.example = example
+        self.select = select
+        self.system = system
+        self.state_transform: Callable[[int, Tensor], Tensor] | None = None
+        self._cut: tuple[Any, Cut] | None = None
+
+    @property
+    def at(self) -> tuple[str, ...]:
+        """Module paths of the early exits."""
+        return tuple(e.name for e in self.exits)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """K exit names, ``"output"`` last."""
+        return (*self.at, OUTPUT)
+
+    @property
+    def device(self) -> torch.device:
+        return next((p.device for p in self.model.parameters()), torch.device("cpu"))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        return self.forward_with_states(*args, **kwargs)[0]
+
+    def forward_with_states(self, *args: Any, **kwargs: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Like ``forward``, and the K-1 states the exits read."""
+        with Taps(self.model, self.at, self.state_transform) as taps:
+            final = self.select(self.model(*args, **kwargs))
+            states = taps.states
+        if torch.is_grad_enabled() and final.requires_grad and not all(s.requires_grad or not _trains(self.model) for s in states):
+            raise InvalidInput(
+                "A state has no gradient although the model is being trained: reentrant gradient checkpointing cuts it off. "
+                "Use gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})."
+            )
+        return (*self.read(states), final), states
+
+    def read(self, states: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Logits of every early exit from its state; each head sees the logits of the earlier ones."""
+        answers: tuple[Tensor, ...] = ()
+        for head, state in zip(self.heads, states, strict=True):
+            answers = (*answers, head(state, answers))
+        return answers
+
+    def cut(self) -> Cut:
+        """The model as segments, made on first use and again after a change of device or dtype."""
+        key = (self.device, self.dtype)
+        if self._cut is None or self._cut[0] != key:
+            example = self.example.to(*key)
+            self._cut = (key, cut(self.model, self.at, example.args, example.kwargs))
+        return self._cut[1]
+
+    def costs(self) -> tuple[Tensor, float]:
+        """``[K]`` FLOPs per item to leave at each exit, heads on the way included, and FLOPs of the model without heads."""
+        segments = torch.tensor([s.flops for s in self.cut().spec.segments], dtype=torch.float64)
+        heads = torch.tensor([*(e.head_flops for e in self.exits), 0], dtype=torch.float64)
+        return segments.cumsum(0) + heads.cumsum(0), float(segments.sum())
+
+    def fingerprint(self) -> str:
+        """Of the base model alone."""
+        return fingerprint(self.model)
+
+    def detach(self) -> nn.Module:
+        """The user's model. Nothing was changed in it, so nothing needs undoing; the heads are dropped by the caller."""
+        return self.model
+
+    def save(self, folder: str | os.PathLike[str], *, include_base: bool = False) -> None:
+        """Write ``adapter.json`` and ``adapter.safetensors``: the added weights and the fingerprint of the base model.
+
+        Args:
+            folder: made if missing.
+            include_base: also write the base model's weights, which joint training changed.
+
+        Raises:
+            InvalidInput: a head was given as a module, so it cannot be described as data.
+        """
+        if missing := [e.name for e in self.exits if e.spec is None]:
+            raise InvalidInput(f"The heads at {missing} were given as modules; save needs heads given as parts (a HeadSpec).")
+        content = {
+            "base": type(self.model).__qualname__,
+            "fingerprint": self.fingerprint(),
+            "exits": [
+                {"name": e.name, "head": part_to_dict(e.spec), "hidden_shape": list(e.hidden_shape), "head_flops": e.head_flops} for e in self.exits
+            ],
+            "num_outputs": self.num_outputs,
+            "system": self.system.card.name if self.system else None,
+            "base_included": include_base,
+        }
+        tensors = {f"heads.{k}": v for k, v in self.heads.state_dict().items()}
+        if include_base:
+            tensors |= {f"model.{k}": v for k, v in self.model.state_dict().items()}
+        save_bundle(folder, "adapter", "adapter", content, tensors)
+
+    @property
+    def num_outputs(self) -> int:
+        """Width of an answer."""
+        return int(self._num_outputs)
+
+    _num_outputs: int = 0
+
+
+def _trains(model: nn.Module) -> bool:
+    return any(p.requires_grad for p in model.parameters())
+
+
+def attach(
+    model: nn.Module,
+    at: Sequence[str] | int | Placement | None = None,
+    *,
+    example: Any,
+    head: HeadSpec | Sequence[HeadSpec | nn.Module] | None = None,
+    system: System | None = None,
+    select: Callable[[Any], Tensor] = answer,
+    num_outputs: int | None = None,
+) -> MultiExit:
+    """Attach exits to a model. The model is not changed.
+
+    Args:
+        model: any PyTorch module.
+        at: module paths to exit after; or how many exits, evenly spaced by cost over the repeated blocks; or a placement. By
+            default what ``system`` says, else three.
+        example: inputs as the model takes them: a tensor, a tuple, a mapping of keyword inputs, or ``(args, kwargs)``.
+        head: one head for every exit, or one per exit; parts of `offramp.exits` or modules ``(hidden, previous) -> logits``.
+        system: a published method; gives the defaults of ``at`` and ``head``, and later of `fit` and `calibrate`.
+        select: picks the answer out of the model's output.
+        num_outputs: width of an answer; by default that of the model's own.
+
+    Returns:
+        The network with exits, on the model's device.
+
+    Raises:
+        NotCuttable: a path does not exist, is not reached or runs more than once.
+        InvalidInput: the example or the heads do not fit.
+
+    Example:
+        >>> import torch, offramp
+        >>> model = torch.nn.Sequential(*[torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU()) for _ in range(4)], torch.nn.Linear(8, 3))
+        >>> net = offramp.attach(model, at=["1"], example=torch.randn(2, 8))
+        >>> [tuple(logits.shape) for logits in net(torch.randn(5, 8))]
+        [(5, 3), (5, 3)]
+    """
+    shaped = as_example(example)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    placed = shaped.to(device, dtype)
+    if at is None:
+        at = system.placement if system is not None and system.placement is not None else Evenly(3)
+    if isinstance(at, int):
+        at = Evenly(at)
+    if isinstance(at, str):
+        raise InvalidInput(f"`at` is a list of module paths; got the string {at!r}. Pass at=[{at!r}].")
+    paths = list(at) if isinstance(at, Iterable) else at.choose(repeated_blocks(model, placed.args, placed.kwargs))
+    if not paths or len(set(paths)) != len(paths):
+        raise InvalidInput(f"`at` must name at least one module and none twice, got {paths}.")
+
+    training = {m: m.training for m in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad(), Taps(model, paths) as taps:
+            final = select(model(*placed.args, **placed.kwargs))
+            states = dict(zip(paths, taps.states, strict=True))
+            order = list(taps.order)
+    finally:
+        for module, flag in training.items():
+            module.training = flag
+    paths.sort(key=order.index)
+    for path in paths:
+        if states[path].shape[0] != final.shape[0]:
+            raise NotCuttable(
+                f"The module at {path!r} returns a tensor of shape {tuple(states[path].shape)} for {final.shape[0]} inputs; an exit reads "
+                "a tensor whose first dimension is the batch. Choose an enclosing module.",
+                reason="output",
+                path=path,
+            )
+    width = num_outputs if num_outputs is not None else int(final.shape[-1]) if final.ndim > 1 else 1
+    given = head if head is not None else (system.head if system is not None and system.head is not None else PooledLinear())
+    specs = list(given) if isinstance(given, Sequence) else [given] * len(paths)
+    if len(specs) != len(paths):
+        raise InvalidInput(f"{len(specs)} heads were given for {len(paths)} exits {paths}; give one for all or one for each.")
+    dynamic = _dynamic_length(placed)
+    exits, heads = [], []
+    for path, spec in zip(paths, specs, strict=True):
+        shape = tuple(-1 if d == 1 and s in dynamic else s for d, s in enumerate(states[path].shape) if d > 0)
+        built = spec if isinstance(spec, nn.Module) else spec.build(shape, width)
+        built = built.to(device=device, dtype=dtype)
+        heads.append(built)
+    answers: tuple[Tensor, ...] = ()
+    for path, spec, built in zip(paths, specs, heads, strict=True):
+        built.eval()
+        flops = count_flops(built, states[path], answers) // final.shape[0]
+        with torch.no_grad():
+            logits = built(states[path], answers)
+        built.train()
+        if logits.shape[0] != final.shape[0] or logits.shape[-1] != width:
+            raise InvalidInput(f"The head at {path!r} gives {tuple(logits.shape)}; expected {(final.shape[0], width)}.")
+        answers = (*answers, logits)
+        shape = tuple(-1 if d == 1 and s in dynamic else s for d, s in enumerate(states[path].shape) if d > 0)
+        exits.append(Exit(path, None if isinstance(spec, nn.Module) else spec, shape, flops))
+    net = MultiExit(model, exits, heads, shaped, select, system)
+    net._num_outputs = width
+    return net
+
+
+def _dynamic_length(example: Example) -> set[int]:
+    """Sizes of the dimensions that the cut makes dynamic: lengths of integer and boolean inputs."""
+    leaves = tree_flatten((example.args, example.kwargs))[0]
+    return {
+        int(leaf.shape[1])
+        for leaf in leaves
+        if isinstance(leaf, Tensor) and leaf.ndim >= 2 and not leaf.is_floating_point() and not leaf.is_complex() and leaf.shape[1] > 1
+    }
+
+
+def load(model: nn.Module, folder: str | os.PathLike[str], *, example: Any, select: Callable[[Any], Tensor] = answer, system: System | None = None) -> MultiExit:
+    """Attach saved exits to the model they were trained on.
+
+    Args:
+        model: the base model, with the weights it had when the exits were saved; if the bundle includes the base weights, they
+            are loaded into it.
+        folder: what `MultiExit.save` wrote.
+        example: as for `attach`.
+        select: as for `attach`.
+        system: the method it was made with, if its defaults are wanted.
+
+    Raises:
+        FingerprintMismatch: the model has other weights.
+        ArtifactError: a file is missing, truncated, altered or foreign.
+    """
+    content, tensors = load_bundle(folder, "adapter", "adapter")
+    try:
+        exits = content["exits"]
+        specs = [part_from_dict(e["head"], offramp.exits.PARTS) for e in exits]
+        paths = [e["name"] for e in exits]
+        num_outputs = int(content["num_outputs"])
+        expected = content["fingerprint"]
+        included = bool(content["base_included"])
+    except (KeyError, TypeError) as error:
+        raise ArtifactError(f"The adapter in {folder} lacks or garbles a field: {error}.") from error
+    if included:
+        model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
+    elif (found := fingerprint(model)) != expected:
+        raise FingerprintMismatch(
+            f"The exits in {folder} were trained on a {content.get('base')} with fingerprint {expected[:12]}...; this {type(model).__qualname__} "
+            f"has {found[:12]}.... Load the weights the exits were trained on, or attach and fit new ones."
+        )
+    net = attach(model, paths, example=example, head=specs, select=select, system=system, num_outputs=num_outputs)
+    try:
+        net.heads.load_state_dict({k.removeprefix("heads."): v for k, v in tensors.items() if k.startswith("heads.")})
+    except RuntimeError as error:
+        raise ArtifactError(f"The head weights in {folder} do not fit: {error}.") from error
+    return net
+
+
+def load_plan(folder: str | os.PathLike[str]) -> Plan:
+    """Read a plan saved with `Plan.save`; any rule of `offramp.policies` is known."""
+    return Plan.load(folder, offramp.policies.PARTS)
+
+
+def never(net: MultiExit, rule: Rule) -> Plan:
+    """A plan that never leaves early: the base model's output, bit for bit."""
+    early = len(net.at)
+    return Plan(rule, net.names, (float("inf"),) * early + (float("-inf"),), (0.0,) * early + (1.0,), 1.0, fingerprint=net.fingerprint())
