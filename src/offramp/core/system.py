@@ -10,6 +10,35 @@ from offramp.core.protocols import HeadSpec, Rule
 
 
 @dataclass(frozen=True)
+class Predicate:
+    """A claim as a test on measured numbers, for `offramp reproduce`.
+
+    Attributes:
+        metric: what is compared, by its name in a result: ``accuracy``, ``drop`` (accuracy of the full model minus ours),
+            ``gain_over_fixed``, ``gain_over_random``, ``gain_over_static`` (ours minus the baseline at equal cost) or ``excess``
+            (realised minus requested mean cost).
+        relation: how.
+        value: with what.
+        over: how several budgets become one number: their mean, the least favourable or the most favourable.
+        budget: the one budget that counts, as a share of the full model's FLOPs; ``None`` = all that were measured.
+    """
+
+    metric: str
+    relation: Literal["<=", ">="]
+    value: float
+    over: Literal["mean", "worst", "best"] = "mean"
+    budget: float | None = None
+
+    def holds(self, measured: float) -> bool:
+        """Whether a measured number satisfies it."""
+        return measured <= self.value if self.relation == "<=" else measured >= self.value
+
+    def __str__(self) -> str:
+        where = f"at cost {self.budget:g}" if self.budget is not None else f"{self.over} over budgets"
+        return f"{self.metric} {self.relation} {self.value:g}, {where}"
+
+
+@dataclass(frozen=True)
 class Card:
     """What a method is and claims. No speed-up figure is ever written here.
 
@@ -27,6 +56,7 @@ class Card:
         claim: the paper's claim as a sentence that `offramp reproduce` measures.
         bibtex: for `offramp cite`.
         arxiv: identifier or ``""``.
+        predicate: the claim as a test on numbers.
     """
 
     name: str
@@ -44,6 +74,7 @@ class Card:
     trained: bool = True
     status: Literal["reference", "faithful", "sketch"] = "sketch"
     arxiv: str = ""
+    predicate: Predicate | None = None
 
 
 @dataclass(frozen=True)
