@@ -1,0 +1,65 @@
+"""MSDNet's budgeted batch classification: exits are filled in geometric shares, the most confident inputs first. The rule only.
+
+Delta from branchynet: score = top-1 probability in place of entropy, calibrate = geometric exit shares with a threshold per exit in
+place of one shared threshold, axis = four early exits, train = the same sum with all weights 1.
+
+Deviations from the released code (PyTorch):
+    - The multi-scale dense architecture is not part of it: the rule works on the exits of any model.
+    - The release sweeps the ratio q over 39 values; here q is found for the mean cost that is asked for.
+    - Thresholds lie halfway between two scores and not on one, so that rounding does not move an input.
+
+Reference: G. Huang, D. Chen, T. Li, F. Wu, L. van der Maaten, K. Q. Weinberger. Multi-Scale Dense Networks for Resource Efficient Image
+Classification. ICLR 2018. arXiv:1703.09844, section 5 (budgeted batch classification).
+"""
+
+from __future__ import annotations
+
+from offramp.budget.mean_cost import GeometricShares
+from offramp.budget.targets import MeanCost
+from offramp.core.system import Card, Predicate, System
+from offramp.exits import Evenly
+from offramp.policies import Confidence
+from offramp.train.recipe import Equal, Joint
+
+CARD = Card(
+    name="msdnet-budget",
+    title="Multi-Scale Dense Networks for Resource Efficient Image Classification",
+    authors="Gao Huang, Danlu Chen, Tianhong Li, Felix Wu, Laurens van der Maaten, Kilian Q. Weinberger",
+    year=2018,
+    venue="ICLR",
+    arxiv="1703.09844",
+    engine="classify",
+    delta_from="branchynet",
+    delta={"rule": "top-1 probability", "calibrate": "geometric exit shares, a threshold per exit", "axis": "four early exits"},
+    trained=True,
+    status="sketch",
+    claim="At equal mean cost, spending more on the inputs that are hard is more accurate than giving every input the same exit.",
+    predicate=Predicate("gain_over_fixed", ">=", 0.0, over="mean"),
+    bibtex="""
+        @inproceedings{huang2018multiscale,
+          title     = {Multi-Scale Dense Networks for Resource Efficient Image Classification},
+          author    = {Huang, Gao and Chen, Danlu and Li, Tianhong and Wu, Felix and van der Maaten, Laurens and Weinberger, Kilian Q.},
+          booktitle = {International Conference on Learning Representations (ICLR)},
+          year      = {2018},
+          eprint    = {1703.09844},
+          archiveprefix = {arXiv}
+        }
+    """,
+)
+
+
+def msdnet_budget(exits: int = 4, mean_cost: float = 0.5) -> System:
+    """Compose MSDNet's budget rule.
+
+    Args:
+        exits: early exits, at least 1; the paper's budgeted CIFAR network has 5 classifiers, so 4 early ones.
+        mean_cost: budget, as a share of the full model's FLOPs, > 0. The paper sweeps it.
+    """
+    return System(
+        card=CARD,
+        rule=Confidence(),
+        placement=Evenly(exits),
+        recipe=Joint(Equal()),
+        calibrator=GeometricShares(),
+        target=MeanCost(mean_cost),
+    )
