@@ -49,16 +49,22 @@ class Taps:
         paths: module paths; each must run exactly once in a forward.
         transform: applied to the state in place, in the forward (gradient equilibrium scales gradients here); ``None``
             leaves the forward as it is.
+        copy: keep copies, so that a later in-place operation of the model does not change what was recorded.
 
     Raises:
-        NotCuttable: a path does not exist; or, when ``states`` is read, a module was not reached or ran more than once.
+        NotCuttable: a path does not exist; or, when ``states`` is read, a module was not reached, ran more than once, or its output
+            was written over later in the forward.
     """
 
-    def __init__(self, model: nn.Module, paths: Sequence[str], transform: Callable[[int, Tensor], Tensor] | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, paths: Sequence[str], transform: Callable[[int, Tensor], Tensor] | None = None, *, copy: bool = False
+    ) -> None:
         self.model = model
         self.paths = tuple(paths)
         self._modules = [resolve(model, p) for p in self.paths]
         self._transform = transform
+        self._copy = copy
+        self._versions: dict[str, int] = {}
         self._handles: list[RemovableHandle] = []
         self._seen: dict[str, Tensor] = {}
         self._calls: dict[str, int] = {}
@@ -77,6 +83,7 @@ class Taps:
         """Forget the states of the last forward."""
         self._seen.clear()
         self._calls.clear()
+        self._versions.clear()
 
     def _hook(self, index: int, path: str) -> Callable[..., Any]:
         def record(module: nn.Module, args: Any, output: Any) -> Any:
@@ -84,12 +91,10 @@ class Taps:
             if state is None:
                 raise NotCuttable(f"The module at {path!r} returns no floating-point tensor for an exit to read.", reason="output", path=path)
             self._calls[path] = self._calls.get(path, 0) + 1
-            if self._transform is None:
-                self._seen[path] = state
-                return None
-            changed = self._transform(index, state)
-            self._seen[path] = changed
-            return _replace_first(output, state, changed)
+            changed = state if self._transform is None else self._transform(index, state)
+            self._seen[path] = changed.clone() if self._copy else changed
+            self._versions[path] = _version(self._seen[path])
+            return None if self._transform is None else _replace_first(output, state, changed)
 
         return record
 
@@ -116,7 +121,20 @@ class Taps:
                     reason="repeated",
                     path=path,
                 )
+            if _version(self._seen[path]) != self._versions[path]:
+                raise NotCuttable(
+                    f"The output of the module at {path!r} was written over later in the same forward (an in-place operation such as "
+                    "ReLU(inplace=True) follows it), so an exit there would read something else. Choose the module after it, or make that "
+                    "operation not in-place.",
+                    reason="output",
+                    path=path,
+                )
         return tuple(self._seen[p] for p in self.paths)
+
+
+def _version(state: Tensor) -> int:
+    """Counts writes to a tensor; tensors made in inference mode do not count."""
+    return 0 if state.is_inference() else state._version
 
 
 def _replace_first(output: Any, old: Tensor, new: Tensor) -> Any:

@@ -1,0 +1,484 @@
+"""Splitting a flat exported graph into segments: which values cross, which are computed again, which sizes are read anew."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils.flop_counter import flop_registry
+
+from offramp.core.errors import NotCuttable
+
+_GUARDS = ("_assert", "sym_constrain", "_check")
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One piece: a graph module from tensors to a tuple of tensors.
+
+    Attributes:
+        name: module path after which it ends; ``"output"`` for the last.
+        module: takes ``inputs`` in order, returns the new live tensors ``outputs`` in order (the flat outputs, for the last).
+        inputs: names of live tensors it reads.
+        outputs: names of live tensors it makes.
+        live: names of everything that crosses its end, passed-through tensors included.
+        hidden: name of the tensor an exit reads at its end.
+    """
+
+    name: str
+    module: fx.GraphModule
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    live: tuple[str, ...]
+    hidden: str | None
+
+
+@dataclass(frozen=True)
+class Split:
+    """What `split` found.
+
+    Attributes:
+        segments: in execution order.
+        batch_dims: for each live tensor, input and output the dimensions that hold the batch.
+        shapes: for each live tensor its symbolic shape and dtype.
+        symbol: the batch, as the exporter names it.
+        constants: outputs that are not computed (``None``, numbers), by position.
+    """
+
+    segments: tuple[Segment, ...]
+    batch_dims: dict[str, tuple[int, ...]]
+    shapes: dict[str, tuple[tuple[Any, ...], torch.dtype]]
+    symbol: Any
+    constants: dict[int, Any]
+
+
+def split(graph_module: fx.GraphModule, at: Sequence[str], states: Mapping[str, Tensor], leaves: Sequence[Any], batch: int) -> Split:
+    """Split an exported graph after each module in ``at``.
+
+    Args:
+        graph_module: flat graph of an exported model. Changed in place.
+        at: module paths.
+        states: what each module returned for the example, to find its node by value.
+        leaves: flat example inputs, one per placeholder.
+        batch: rows in the example.
+
+    Raises:
+        NotCuttable: a module leaves no node, the batch is fixed or folded into another dimension, or a value is lost.
+    """
+    _rename_mutated(graph_module.graph)
+    nodes = [n for n in graph_module.graph.nodes if not any(g in str(n.target) for g in _GUARDS)]
+    order = {n: i for i, n in enumerate(nodes)}
+    ends = {path: _last_node(nodes, order, path) for path in at}
+    paths = sorted(at, key=lambda p: ends[p])
+    bounds = [ends[p] for p in paths]
+    symbol = batch_symbol(nodes, leaves, batch)
+    hidden = _hidden_nodes(graph_module, order, ends, states, leaves)
+
+    # Which segment makes a node: the first whose end is not before it. Sizes and what is made of sizes alone belong nowhere:
+    # they are computed again wherever they are read, so that they are right after rows have left.
+    again = _size_derived(nodes, symbol)
+    part: dict[fx.Node, int] = {}
+    for node in nodes:
+        if node.op == "placeholder":
+            part[node] = -1
+        elif node.target is operator.getitem:
+            part[node] = part[node.args[0]]  # a tuple never crosses a split, its elements do
+        else:
+            part[node] = next((i for i, end in enumerate(bounds) if order[node] <= end), len(bounds))
+    for path, node in hidden.items():
+        again.discard(node)
+        if part[node] > paths.index(path):
+            raise NotCuttable(f"No value in the exported graph matches the output of {path!r}.", reason="output", path=path)
+    last = len(paths)
+    output = nodes[-1]
+    part[output] = last
+
+    known = set(nodes)
+    crossing = [n for n in nodes if n.op in ("placeholder", "call_function", "call_module") and _is_tensor(n) and n not in again]
+    needed = {n: max(_uses(n, part, known, again), default=-1) for n in crossing}
+    inputs = [n for n in nodes if n.op == "placeholder" and _is_tensor(n)]
+
+    def live_at(k: int) -> list[fx.Node]:
+        return [n for n in crossing if part[n] <= k and (needed[n] > k or n is hidden[paths[k]])]
+
+    # A size is read from any tensor that crosses anyway; only where none has it, the tensor it was read from crosses too.
+    for k in range(1, last + 1):
+        body = [n for n in nodes if part[n] == k]
+        offered = {_expr(s) for n in live_at(k - 1) for s in n.meta["val"].shape}
+        for size in _sizes_read(body, again):
+            source = size.args[0] if size.target is torch.ops.aten.sym_size.int else None
+            if source is not None and (part[source] == k and source not in again or _expr(size.meta["val"]) in offered):
+                continue
+            for tensor in _tensor_sources(size):
+                if tensor in needed:
+                    needed[tensor] = max(needed[tensor], k)
+
+    live = [live_at(k) for k in range(last)]
+    batch_dims = {n.name: _batch_dims(n, symbol) for n in {n for boundary in live for n in boundary} | set(inputs)}
+    flat = list(output.args[0]) if isinstance(output.args[0], tuple | list) else [output.args[0]]
+    constants = {i: o for i, o in enumerate(flat) if not isinstance(o, fx.Node)}
+    segments = []
+    for k in range(last + 1):
+        body = [n for n in nodes if part[n] == k and n.op in ("call_function", "call_module") and n not in again]
+        makes = [o for o in flat if isinstance(o, fx.Node)] if k == last else [n for n in live[k] if part[n] == k]
+        module, reads = _extract(graph_module, body, makes, live[k - 1] if k else inputs, again)
+        outputs = tuple(f"out{i}" for i, o in enumerate(flat) if isinstance(o, fx.Node)) if k == last else tuple(n.name for n in makes)
+        crossed = outputs if k == last else tuple(n.name for n in live[k])
+        segments.append(
+            Segment("output" if k == last else paths[k], module, reads, outputs, crossed, None if k == last else hidden[paths[k]].name)
+        )
+    for i, node in enumerate(flat):
+        batch_dims[f"out{i}"] = _batch_dims(node, symbol) if isinstance(node, fx.Node) and _is_tensor(node) else ()
+    shapes = {
+        n.name: (tuple(_expr(s) for s in n.meta["val"].shape), n.meta["val"].dtype)
+        for n in {n for boundary in live for n in boundary} | set(inputs)
+    }
+    for path, node in hidden.items():
+        if not shapes[node.name][0] or shapes[node.name][0][0] != symbol:
+            raise NotCuttable(
+                f"The output of {path!r} is shaped {tuple(node.meta['val'].shape)}; an exit reads a tensor whose first dimension is the "
+                "batch. Cut after an enclosing module.",
+                reason="output",
+                path=path,
+            )
+    return Split(tuple(segments), batch_dims, shapes, symbol, constants)
+
+
+def batch_symbol(nodes: Sequence[fx.Node], leaves: Sequence[Any], batch: int) -> Any:
+    """The exporter's name of the batch: the size of dimension 0 of an input that has ``batch`` rows.
+
+    Raises:
+        NotCuttable: the exporter fixed it at a number.
+    """
+    fixed = []
+    for node, leaf in zip((n for n in nodes if n.op == "placeholder"), leaves, strict=True):
+        if isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == batch and _is_tensor(node):
+            size = _expr(node.meta["val"].shape[0])
+            if not isinstance(size, int):
+                return size
+            fixed.append(node.name)
+    raise NotCuttable(
+        f"The exporter fixed the batch dimension of {', '.join(fixed) or 'every input'}: forward does something that holds for one batch "
+        "size only (a Python `if` on the size, a reshape with a literal, a stored buffer). Make it use x.shape[0].",
+        reason="batch",
+    )
+
+
+def _expr(size: Any) -> Any:
+    if isinstance(size, torch.SymInt):
+        expression = size.node.expr
+        return int(expression) if expression.is_number else expression
+    return int(size)
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), Tensor)
+
+
+def _is_size(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return node.op == "call_function" and isinstance(value, torch.SymInt | torch.SymBool | torch.SymFloat | int | float | bool)
+
+
+def _paths(node: fx.Node) -> list[str]:
+    return [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
+
+
+def _schema(node: fx.Node) -> Any:
+    return getattr(node.target, "_schema", None) if node.op == "call_function" else None
+
+
+def _mutated(node: fx.Node) -> list[fx.Node]:
+    """Arguments that an operator writes to."""
+    schema = _schema(node)
+    if schema is None or not schema.is_mutable:
+        return []
+    found = []
+    for index, argument in enumerate(schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = node.args[index] if index < len(node.args) else node.kwargs.get(argument.name)
+            found += [value] if isinstance(value, fx.Node) else [v for v in value if isinstance(v, fx.Node)] if isinstance(value, tuple | list) else []
+    return found
+
+
+def _rename_mutated(graph: fx.Graph) -> None:
+    """After ``y = x.op_()`` the graph may still say ``x``; say ``y``, so that liveness by name is liveness by value."""
+    for node in list(graph.nodes):
+        for target in _mutated(node):
+            if isinstance(node.meta.get("val"), Tensor):
+                target.replace_all_uses_with(node, delete_user_cb=lambda user, node=node: user is not node and _after(user, node))
+
+
+def _after(user: fx.Node, node: fx.Node) -> bool:
+    return bool(user > node)
+
+
+def _roots(nodes: Sequence[fx.Node]) -> dict[fx.Node, fx.Node]:
+    """The node whose memory each node may share, by the operators' own declarations."""
+    root: dict[fx.Node, fx.Node] = {}
+    for node in nodes:
+        root[node] = node
+        schema = _schema(node)
+        if schema is None:
+            if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
+                root[node] = root.get(node.args[0], node.args[0])
+            continue
+        if any(r.alias_info is not None for r in schema.returns):
+            for index, argument in enumerate(schema.arguments):
+                if argument.alias_info is not None and index < len(node.args) and isinstance(node.args[index], fx.Node):
+                    root[node] = root.get(node.args[index], node.args[index])
+                    break
+    return root
+
+
+def _size_derived(nodes: Sequence[fx.Node], symbol: Any) -> set[fx.Node]:
+    """Sizes, and tensors made of the batch size and constants alone (``arange(B)``, ``token.expand(B, ...)``).
+
+    Such a tensor is wrong to carry over a change of rows: ``arange(B)`` of the rows {2, 5} would be {2, 5} and not {0, 1}.
+    Products and convolutions are left out: they are carried, not paid twice. So is what is written to or random.
+    """
+    root = _roots(nodes)
+    written = {root.get(t, t) for n in nodes for t in _mutated(n)}
+    found: set[fx.Node] = set()
+    for node in nodes:
+        if _is_size(node):
+            found.add(node)
+        elif node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
+            sources = node.all_input_nodes
+            if root[node] in written or node.target.overloadpacket in flop_registry or torch.Tag.nondeterministic_seeded in node.target.tags:
+                continue
+            if sources and all(s.op == "get_attr" or s in found for s in sources) and any(_on_batch(s, symbol) for s in sources if s in found):
+                if all(not _is_size(s) or not _data_dependent(s) for s in sources):
+                    found.add(node)
+    return found
+
+
+def _on_batch(node: fx.Node, symbol: Any) -> bool:
+    value = node.meta.get("val")
+    if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
+        return symbol in value.node.expr.free_symbols
+    return True  # a tensor is only in the set because it depends on the batch
+
+
+def _data_dependent(size: fx.Node) -> bool:
+    """Whether a number was read out of a tensor's values (``.item()``) and not out of its shape."""
+    if size.target is torch.ops.aten.sym_size.int:
+        return False
+    return any(_data_dependent(s) if _is_size(s) else True for s in size.all_input_nodes)
+
+
+def _uses(node: fx.Node, part: Mapping[fx.Node, int], known: set[fx.Node], again: set[fx.Node]) -> set[int]:
+    """Segments that read the values of a node, through what is computed again too; reading a size is not a use."""
+    found: set[int] = set()
+    for user in node.users:
+        if user not in known or user.target is torch.ops.aten.sym_size.int:
+            continue
+        found |= _uses(user, part, known, again) if user in again else {part[user]}
+    return found
+
+
+def _sizes_read(body: Sequence[fx.Node], again: set[fx.Node]) -> set[fx.Node]:
+    """The sizes that nodes of a segment read at the bottom: those taken from tensors."""
+    found: set[fx.Node] = set()
+    seen: set[fx.Node] = set()
+    stack = [s for n in body if n not in again for s in n.all_input_nodes if s in again]
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if _is_size(node) and any(_is_tensor(s) and s not in again for s in node.all_input_nodes):
+            found.add(node)
+        stack += [s for s in node.all_input_nodes if s in again]
+    return found
+
+
+def _tensor_sources(size: fx.Node) -> list[fx.Node]:
+    return [s for s in size.all_input_nodes if _is_tensor(s) and s.op != "get_attr"]
+
+
+def _last_node(nodes: Sequence[fx.Node], order: Mapping[fx.Node, int], path: str) -> int:
+    calls = {p for n in nodes for p in _paths(n) if p == path or p.startswith(f"{path}@")}
+    if any("@" in p for p in calls):
+        raise NotCuttable(
+            f"The module at {path!r} runs {len(calls)} times in one forward (shared or looped), so the place is ambiguous. "
+            "Cut after a module that runs once.",
+            reason="repeated",
+            path=path,
+        )
+    inside = [n for n in nodes if n.op not in ("placeholder", "get_attr") and path in _paths(n)]
+    if not inside:
+        raise NotCuttable(
+            f"The module at {path!r} leaves no operation in the exported graph (it is skipped, or is an identity). "
+            "Cut after the module before or after it.",
+            reason="unreached",
+            path=path,
+        )
+    return max(order[n] for n in inside)
+
+
+def _hidden_nodes(
+    graph_module: fx.GraphModule, order: Mapping[fx.Node, int], ends: Mapping[str, int], states: Mapping[str, Tensor], leaves: Sequence[Any]
+) -> dict[str, fx.Node]:
+    """The node that is each module's output, found by value on the example: the last one inside it, else the last before its end."""
+    matches: dict[str, list[fx.Node]] = {path: [] for path in ends}
+
+    class Finder(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            value = super().run_node(n)
+            if isinstance(value, Tensor) and n in order and n.op != "get_attr":
+                for path, state in states.items():
+                    if order[n] <= ends[path] and value.shape == state.shape and value.dtype == state.dtype and same(value, state):
+                        matches[path].append(n)
+            return value
+
+    with torch.no_grad():
+        Finder(graph_module).run(*(t.clone() if isinstance(t, Tensor) else t for t in leaves), enable_io_processing=False)
+    found = {}
+    for path, nodes in matches.items():
+        inside = [n for n in nodes if path in _paths(n)] or nodes
+        if not inside:
+            raise NotCuttable(
+                f"No value in the exported graph equals the output of {path!r} in an ordinary forward. A model that is random in evaluation "
+                "mode cannot be cut.",
+                reason="mismatch",
+                path=path,
+            )
+        found[path] = inside[-1]
+    return found
+
+
+def same(left: Any, right: Any) -> bool:
+    """Equal bit for bit; a NaN equals a NaN."""
+    if not isinstance(left, Tensor) or not isinstance(right, Tensor):
+        return bool(left == right) or left is right
+    if left.shape != right.shape or left.dtype != right.dtype:
+        return False
+    return torch.equal(left, right) or (left.is_floating_point() and bool(((left == right) | (left.isnan() & right.isnan())).all()))
+
+
+def _batch_dims(node: fx.Node, symbol: Any) -> tuple[int, ...]:
+    dims = []
+    for dim, size in enumerate(node.meta["val"].shape):
+        expression = _expr(size)
+        if expression == symbol:
+            dims.append(dim)
+        elif not isinstance(expression, int) and symbol in expression.free_symbols:
+            raise NotCuttable(
+                f"The tensor {node.name!r} crosses the cut with dimension {dim} = {expression}, in which the batch is folded together "
+                "with something else, so its rows cannot be told apart. Cut after an enclosing module that unfolds it.",
+                reason="live",
+                path=(_paths(node) or [None])[-1],
+            )
+    return tuple(dims)
+
+
+def _extract(
+    graph_module: fx.GraphModule, body: Sequence[fx.Node], makes: Sequence[fx.Node], available: Sequence[fx.Node], again: set[fx.Node]
+) -> tuple[fx.GraphModule, tuple[str, ...]]:
+    """Copy ``body`` into a graph of its own, reading ``available`` live tensors and giving ``makes``."""
+    offered = {n: i for i, n in enumerate(available)}
+    inside = set(body)
+    body = _used(body, makes, again)
+    read = {s for n in (*body, *(m for m in makes if m in offered)) for s in ((n,) if n in offered else n.all_input_nodes) if s in offered}
+    # Where a size comes from: its own tensor if that is made or read here, else any tensor read here, else any that crosses.
+    provider: dict[fx.Node, tuple[fx.Node, int]] = {}
+
+    def provide(size: fx.Node) -> tuple[fx.Node, int] | None:
+        want = _expr(size.meta["val"])
+        for tensor in (*sorted(read, key=offered.__getitem__), *available):
+            for dim, have in enumerate(tensor.meta["val"].shape):
+                if _expr(have) == want:
+                    return tensor, dim
+        return None
+
+    seen: set[fx.Node] = set()
+
+    def visit(node: fx.Node) -> None:
+        if node in seen or (node in inside and node not in again):
+            return
+        seen.add(node)
+        if node in offered:
+            read.add(node)
+        elif node in again:
+            source = node.args[0] if node.target is torch.ops.aten.sym_size.int else None
+            if source is not None and source not in inside and source not in read and not isinstance(_expr(node.meta["val"]), int):
+                if (given := provide(node)) is not None:
+                    provider[node] = given
+                    read.add(given[0])
+                    return
+            for parent in node.all_input_nodes:
+                visit(parent)
+
+    for node in (*body, *makes):
+        for source in (node,) if node in again else node.all_input_nodes if node in inside else (node,):
+            visit(source)
+    graph = fx.Graph()
+    inputs = sorted(read, key=offered.__getitem__)
+    mapped: dict[fx.Node, fx.Node] = {}
+    for node in inputs:
+        mapped[node] = graph.placeholder(node.name)
+        mapped[node].meta = dict(node.meta)
+
+    def emit(node: fx.Node) -> fx.Node:
+        if node in mapped:
+            return mapped[node]
+        if node in provider:
+            tensor, dim = provider[node]
+            mapped[node] = graph.call_function(torch.ops.aten.sym_size.int, (mapped[tensor], dim))
+            mapped[node].meta = dict(node.meta)
+            return mapped[node]
+        if node.op not in ("get_attr", "call_function", "call_module") or not (node in inside or node in again or node.op == "get_attr"):
+            raise NotCuttable(f"The value {node.name!r} is needed after the cut but does not cross it.", reason="live")
+        for source in node.all_input_nodes:
+            emit(source)
+        mapped[node] = graph.node_copy(node, lambda n: mapped[n])
+        return mapped[node]
+
+    for node in body:
+        emit(node)
+    graph.output(tuple(emit(n) for n in makes))
+    graph.lint()
+    return fx.GraphModule(graph_module, graph), tuple(n.name for n in inputs)
+
+
+def _used(body: Sequence[fx.Node], makes: Sequence[fx.Node], again: set[fx.Node]) -> list[fx.Node]:
+    """The part of a segment that its results depend on; what writes in place is kept."""
+    wanted: set[fx.Node] = set()
+    stack = [*makes, *(n for n in body if _mutated(n))]
+    while stack:
+        node = stack.pop()
+        if node not in wanted:
+            wanted.add(node)
+            if node.op != "placeholder":
+                stack += node.all_input_nodes
+    return [n for n in body if n in wanted]
+
+
+def protect_inputs(segment: Segment, values: Sequence[Tensor]) -> None:
+    """Clone, inside the segment, every input that running it once on ``values`` writes to.
+
+    In-place operators would otherwise write into a state that was handed out, and running a segment twice from the same state
+    would differ.
+    """
+    if not any(_mutated(n) for n in segment.module.graph.nodes):
+        return
+    values = [v.clone() for v in values]
+    before = [v._version for v in values]
+    with torch.no_grad():
+        segment.module(*values)
+    written = {name for name, v, old in zip(segment.inputs, values, before, strict=True) if v._version != old}
+    graph = segment.module.graph
+    for node in list(graph.nodes):
+        if node.op == "placeholder" and node.name in written:
+            with graph.inserting_after(node):
+                copy = graph.call_function(torch.ops.aten.clone.default, (node,))
+                copy.meta = dict(node.meta)
+            node.replace_all_uses_with(copy, delete_user_cb=lambda user, copy=copy: user is not copy)
+    if written:
+        graph.lint()
+        segment.module.recompile()
