@@ -1,0 +1,172 @@
+"""Stages: what runs between two decisions, as plain functions of tensors.
+
+A stage is one or more segments and, unless it is the last, a head and a score. Segments without a decision between them are one
+stage, so that a compiler sees them whole. Everything a row carries (live tensors, earlier logits, the rule's state) is in one
+tuple, so that choosing rows is one operation and nothing can be forgotten.
+
+Shapes: ``B`` rows in the batch, ``C`` classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from offramp.backbones import Cut, CutState
+from offramp.core.certificate import Plan
+from offramp.core.errors import InvalidInput
+from offramp.core.types import Readout
+from offramp.network import MultiExit
+
+Rows = tuple[Tensor, ...]
+"""Everything that rows carry from one stage to the next: live tensors, then earlier logits, then the rule's state."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the tensors of a `Rows` are.
+
+    Attributes:
+        live: names of the live tensors.
+        batch_dims: for each of them the dimensions that hold the batch.
+        previous: how many earlier exits' logits follow.
+        rule: names of the rule's state tensors that follow.
+    """
+
+    live: tuple[str, ...]
+    batch_dims: tuple[tuple[int, ...], ...]
+    previous: int
+    rule: tuple[str, ...]
+
+    @property
+    def dims(self) -> tuple[tuple[int, ...], ...]:
+        """Batch dimensions of every tensor."""
+        return (*self.batch_dims, *(((0,),) * (self.previous + len(self.rule))))
+
+
+def take(rows: Rows, layout: Layout, index: Tensor) -> Rows:
+    """The given rows (int64 ``[R]``) of everything, in that order."""
+    picked = []
+    for tensor, dims in zip(rows, layout.dims, strict=True):
+        for dim in dims:
+            tensor = tensor.index_select(dim, index)
+        picked.append(tensor)
+    return tuple(picked)
+
+
+def join(parts: Sequence[Rows], layout: Layout) -> Rows:
+    """Several groups of rows as one, in order. Tensors without a batch dimension are taken from the first group."""
+    if len(parts) == 1:
+        return parts[0]
+    return tuple(
+        torch.cat(tensors, dim=dims[0]) if len(dims) == 1 else tensors[0] for tensors, dims in zip(zip(*parts, strict=True), layout.dims, strict=True)
+    )
+
+
+class Stage(nn.Module):
+    """Segments ``start`` to ``stop - 1``, then, unless last, the head and score of exit ``stop - 1``.
+
+    ``forward(*rows) -> (rows, logits [B, C], score [B])``; the last stage returns ``((), logits, None)``.
+
+    Attributes:
+        exit: index of the exit that decides at the end; the last stage's is the model's own output.
+        before: layout of the rows it takes.
+        after: layout of the rows it returns.
+    """
+
+    def __init__(self, net: MultiExit, plan: Plan, start: int, stop: int, decide: bool, before: Layout) -> None:
+        super().__init__()
+        self.net = (net,)  # in a tuple: the network's parameters are not this module's
+        self.cut: Cut = net.cut()
+        self.rule = (plan.rule,)
+        self.start, self.stop, self.exit = start, stop, stop - 1
+        self.decide = decide
+        self.last = stop == len(self.cut.segments)
+        self.before = before
+        self.after = before  # replaced by `lay_out` after a dry run
+        self.keep_previous = any(getattr(h, "needs_previous", False) for h in net.heads)
+
+    def forward(self, *rows: Tensor) -> tuple[Rows, Tensor, Tensor | None]:
+        net, rule = self.net[0], self.rule[0]
+        live_count, previous_count = len(self.before.live), self.before.previous
+        values = dict(zip(self.before.live, rows[:live_count], strict=True))
+        previous = tuple(rows[live_count : live_count + previous_count])
+        state = dict(zip(self.before.rule, rows[live_count + previous_count :], strict=True))
+        logits: Tensor | None = None
+        score: Tensor | None = None
+        cut_state = CutState(values, 0, self.start)
+        for k in range(self.start, self.stop):
+            segment = self.cut.segments[k]
+            made = segment.module(*(cut_state.values[n] for n in segment.inputs))
+            cut_state = self.cut.advance(cut_state, made)
+            if k == len(self.cut.segments) - 1:
+                return (), net.select(self.cut.end(cut_state)), None
+            hidden = cut_state.hidden
+            wanted = k == self.stop - 1 and self.decide
+            if wanted or self.keep_previous or rule.stateful:
+                logits = net.heads[k](hidden, previous)
+                if self.keep_previous:
+                    previous = (*previous, logits)
+                if wanted or rule.stateful:
+                    score, state = rule.score(k, Readout(logits, hidden), state)
+        after = (*cut_state.values.values(), *previous, *(state[n] for n in sorted(state)))
+        if logits is None or score is None:
+            raise InvalidInput(f"Stage {self.start}-{self.stop} ends without a decision; this is a defect in the plan of stages.")
+        return after, logits, score
+
+    def lay_out(self, rows: Rows) -> Rows:
+        """Run once on example rows to learn what follows; sets ``after``."""
+        with torch.no_grad():
+            following, _, _ = self(*rows)
+        if not self.last:
+            live = self.cut.segments[self.stop - 1].live
+            previous = self.before.previous + (self.stop - self.start if self.keep_previous else 0)
+            names = tuple(sorted(self.rule[0].begin(1, self.net[0].device)))
+            if len(following) != len(live) + previous + len(names):
+                raise InvalidInput(
+                    f"{type(self.rule[0]).__name__} changed the names of its running state at exit {self.exit}: a rule keeps the names "
+                    f"that begin() gave ({', '.join(names) or 'none'})."
+                )
+            self.after = Layout(live, tuple(self.cut.batch_dims.get(n, ()) for n in live), previous, names)
+        return following
+
+
+def begin(net: MultiExit, plan: Plan, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Rows, Layout, int]:
+    """Rows before the first stage, what they are, and how many."""
+    cut = net.cut()
+    state = cut.begin(*args, **kwargs)
+    running = plan.rule.begin(state.rows, net.device)
+    names = tuple(sorted(running))
+    layout = Layout(tuple(state.values), tuple(cut.batch_dims.get(n, ()) for n in state.values), 0, names)
+    return (*state.values.values(), *(running[n] for n in names)), layout, state.rows
+
+
+def make_stages(net: MultiExit, plan: Plan, decide: Sequence[bool]) -> list[Stage]:
+    """Stages of a plan; ``decide[k]`` says whether exit k is checked (the model's own output not counted)."""
+    ends = [k + 1 for k, yes in enumerate(decide) if yes] + [len(net.names)]
+    example = net.example.to(net.device, net.dtype)
+    stages: list[Stage] = []
+    rows, layout, _ = begin(net, plan, example.args, example.kwargs)
+    start = 0
+    for stop in ends:
+        stage = Stage(net, plan, start, stop, stop <= len(decide), layout)
+        rows = stage.lay_out(rows)
+        stages.append(stage)
+        start, layout = stop, stage.after
+    return stages
+
+
+def exit_costs(net: MultiExit, plan: Plan, decide: Sequence[bool]) -> Tensor:
+    """``[K]`` FLOPs per item to leave at each exit when only some heads run (float64)."""
+    spec = net.cut().spec
+    every = plan.rule.stateful or any(getattr(h, "needs_previous", False) for h in net.heads)
+    heads = [e.head_flops if run or (every and any(decide[k:])) else 0 for k, (e, run) in enumerate(zip(net.exits, decide, strict=True))]
+    segments = torch.tensor([s.flops for s in spec.segments], dtype=torch.float64)
+    return segments.cumsum(0) + torch.tensor([*heads, 0], dtype=torch.float64).cumsum(0)
+
+
+StageFunction = Callable[..., tuple[Rows, Tensor, Tensor | None]]
