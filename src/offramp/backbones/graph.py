@@ -14,6 +14,7 @@ from torch.utils.flop_counter import flop_registry
 from offramp.core.errors import NotCuttable
 
 _GUARDS = ("_assert", "sym_constrain", "_check")
+_SHAPE = "offramp_shape"
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def split(graph_module: fx.GraphModule, at: Sequence[str], states: Mapping[str, 
     ends = {path: _last_node(nodes, order, path) for path in at}
     paths = sorted(at, key=lambda p: ends[p])
     bounds = [ends[p] for p in paths]
-    symbol = batch_symbol(nodes, leaves, batch)
+    symbol = _name_sizes(nodes, leaves, batch)
     hidden = _hidden_nodes(graph_module, order, ends, states, leaves)
 
     # Which segment makes a node: the first whose end is not before it. Sizes and what is made of sizes alone belong nowhere:
@@ -108,10 +109,10 @@ def split(graph_module: fx.GraphModule, at: Sequence[str], states: Mapping[str, 
     # A size is read from any tensor that crosses anyway; only where none has it, the tensor it was read from crosses too.
     for k in range(1, last + 1):
         body = [n for n in nodes if part[n] == k]
-        offered = {_expr(s) for n in live_at(k - 1) for s in n.meta["val"].shape}
+        offered = {s for n in live_at(k - 1) for s in _sizes(n)}
         for size in _sizes_read(body, again):
             source = size.args[0] if size.target is torch.ops.aten.sym_size.int else None
-            if source is not None and (part[source] == k and source not in again or _expr(size.meta["val"]) in offered):
+            if source is not None and (part[source] == k and source not in again or size.meta[_SHAPE] in offered):
                 continue
             for tensor in _tensor_sources(size):
                 if tensor in needed:
@@ -134,7 +135,7 @@ def split(graph_module: fx.GraphModule, at: Sequence[str], states: Mapping[str, 
     for i, node in enumerate(flat):
         batch_dims[f"out{i}"] = _batch_dims(node, symbol) if isinstance(node, fx.Node) and _is_tensor(node) else ()
     shapes = {
-        n.name: (tuple(_expr(s) for s in n.meta["val"].shape), n.meta["val"].dtype)
+        n.name: (_sizes(n), n.meta["val"].dtype)
         for n in {n for boundary in live for n in boundary} | set(inputs)
     }
     for path, node in hidden.items():
@@ -148,31 +149,49 @@ def split(graph_module: fx.GraphModule, at: Sequence[str], states: Mapping[str, 
     return Split(tuple(segments), batch_dims, shapes, symbol, constants)
 
 
-def batch_symbol(nodes: Sequence[fx.Node], leaves: Sequence[Any], batch: int) -> Any:
-    """The exporter's name of the batch: the size of dimension 0 of an input that has ``batch`` rows.
+def _name_sizes(nodes: Sequence[fx.Node], leaves: Sequence[Any], batch: int) -> Any:
+    """Note the sizes of every node with one symbol for the batch, and return that symbol.
+
+    Inputs that forward never compares (a mask and the tokens it belongs to) get a symbol each; all of them are the batch.
 
     Raises:
-        NotCuttable: the exporter fixed it at a number.
+        NotCuttable: the exporter fixed the batch at a number.
     """
-    fixed = []
+    symbols, fixed = [], []
     for node, leaf in zip((n for n in nodes if n.op == "placeholder"), leaves, strict=True):
         if isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == batch and _is_tensor(node):
-            size = _expr(node.meta["val"].shape[0])
-            if not isinstance(size, int):
-                return size
-            fixed.append(node.name)
-    raise NotCuttable(
-        f"The exporter fixed the batch dimension of {', '.join(fixed) or 'every input'}: forward does something that holds for one batch "
-        "size only (a Python `if` on the size, a reshape with a literal, a stored buffer). Make it use x.shape[0].",
-        reason="batch",
-    )
+            size = node.meta["val"].shape[0]
+            if isinstance(size, torch.SymInt) and size.node.expr.is_symbol:
+                symbols.append(size.node.expr)
+            elif any(not user.target == torch.ops.aten.sym_size.int for user in node.users):
+                fixed.append(node.name)
+    if fixed or not symbols:
+        raise NotCuttable(
+            f"The exporter fixed the batch dimension of {', '.join(fixed) or 'every input'}: forward does something that holds for one batch "
+            "size only (a Python `if` on the size, a reshape with a literal, a stored buffer). Make it use x.shape[0].",
+            reason="batch",
+        )
+    one = {s: symbols[0] for s in symbols}
+
+    def named(size: Any) -> Any:
+        if not isinstance(size, torch.SymInt | torch.SymFloat | torch.SymBool):
+            return size
+        expression = size.node.expr.xreplace(one)
+        return int(expression) if getattr(expression, "is_Integer", False) else expression
+
+    for node in nodes:
+        value = node.meta.get("val")
+        if isinstance(value, Tensor):
+            node.meta[_SHAPE] = tuple(named(s) for s in value.shape)
+        elif _is_size(node):
+            node.meta[_SHAPE] = named(value)
+    return symbols[0]
 
 
-def _expr(size: Any) -> Any:
-    if isinstance(size, torch.SymInt):
-        expression = size.node.expr
-        return int(expression) if expression.is_number else expression
-    return int(size)
+def _sizes(node: fx.Node) -> tuple[Any, ...]:
+    """Shape of a tensor node: numbers and expressions."""
+    found: tuple[Any, ...] = node.meta[_SHAPE]
+    return found
 
 
 def _is_tensor(node: fx.Node) -> bool:
@@ -258,10 +277,9 @@ def _size_derived(nodes: Sequence[fx.Node], symbol: Any) -> set[fx.Node]:
 
 
 def _on_batch(node: fx.Node, symbol: Any) -> bool:
-    value = node.meta.get("val")
-    if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
-        return symbol in value.node.expr.free_symbols
-    return True  # a tensor is only in the set because it depends on the batch
+    if _is_tensor(node):
+        return True  # a tensor is only in the set because it depends on the batch
+    return symbol in getattr(node.meta[_SHAPE], "free_symbols", ())
 
 
 def _data_dependent(size: fx.Node) -> bool:
@@ -363,8 +381,7 @@ def same(left: Any, right: Any) -> bool:
 
 def _batch_dims(node: fx.Node, symbol: Any) -> tuple[int, ...]:
     dims = []
-    for dim, size in enumerate(node.meta["val"].shape):
-        expression = _expr(size)
+    for dim, expression in enumerate(_sizes(node)):
         if expression == symbol:
             dims.append(dim)
         elif not isinstance(expression, int) and symbol in expression.free_symbols:
@@ -389,10 +406,10 @@ def _extract(
     provider: dict[fx.Node, tuple[fx.Node, int]] = {}
 
     def provide(size: fx.Node) -> tuple[fx.Node, int] | None:
-        want = _expr(size.meta["val"])
+        want = size.meta[_SHAPE]
         for tensor in (*sorted(read, key=offered.__getitem__), *available):
-            for dim, have in enumerate(tensor.meta["val"].shape):
-                if _expr(have) == want:
+            for dim, have in enumerate(_sizes(tensor)):
+                if have == want:
                     return tensor, dim
         return None
 
@@ -406,7 +423,7 @@ def _extract(
             read.add(node)
         elif node in again:
             source = node.args[0] if node.target is torch.ops.aten.sym_size.int else None
-            if source is not None and source not in inside and source not in read and not isinstance(_expr(node.meta["val"]), int):
+            if source is not None and source not in inside and source not in read and not isinstance(node.meta[_SHAPE], int):
                 if (given := provide(node)) is not None:
                     provider[node] = given
                     read.add(given[0])
