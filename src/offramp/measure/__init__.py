@@ -1,0 +1,26 @@
+"""Cost and quality: the clock, this machine's ceilings, statistics, Pareto curves and the report."""
+
+from offramp.measure.clock import Comparison, Timing, compare, environment, measure
+from offramp.measure.hardware import Ceilings, ceilings
+from offramp.measure.pareto import Curve, Point, curve, relative_score
+from offramp.measure.quality import ItemQuality, Outcome, item_quality, outcome
+from offramp.measure.report import report
+
+__all__ = [
+    "Ceilings",
+    "Comparison",
+    "Curve",
+    "ItemQuality",
+    "Outcome",
+    "Point",
+    "Timing",
+    "ceilings",
+    "compare",
+    "curve",
+    "environment",
+    "item_quality",
+    "measure",
+    "outcome",
+    "relative_score",
+    "report",
+]
