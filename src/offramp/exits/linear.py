@@ -1,67 +1,14 @@
-"""Linear head on a pooled state: the cheapest exit and the default."""
+"""Heads on one vector per item: the cheapest exits, and the default."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from offramp.core.errors import InvalidInput
-from offramp.core.protocols import Head
-
-
-@dataclass(frozen=True)
-class MeanPool:
-    """Mean over everything but the channels. Not for padded sequences: padding would enter the mean."""
-
-    def width(self, shape: tuple[int, ...]) -> int:
-        return shape[channel_dim(shape) - 1]
-
-    def __call__(self, hidden: Tensor) -> Tensor:
-        channel = channel_dim(tuple(hidden.shape[1:]))
-        rest = [d for d in range(1, hidden.ndim) if d != channel]
-        return hidden.mean(dim=rest) if rest else hidden
-
-
-@dataclass(frozen=True)
-class TokenPool:
-    """One token of ``[B, T, D]``, the class token by default. Does not depend on padding."""
-
-    index: int = 0
-
-    def width(self, shape: tuple[int, ...]) -> int:
-        if len(shape) != 2:
-            raise InvalidInput(f"A token is taken from a state [tokens, width] per item; this state is {shape}. Use MeanPool().")
-        return shape[1]
-
-    def __call__(self, hidden: Tensor) -> Tensor:
-        return hidden[:, self.index]
-
-
-@dataclass(frozen=True)
-class AutoPool:
-    """The class token where the length varies (padding would enter a mean), else the mean over positions."""
-
-    def resolve(self, shape: tuple[int, ...]) -> MeanPool | TokenPool:
-        return TokenPool() if len(shape) == 2 and shape[0] == -1 else MeanPool()
-
-
-Pool = MeanPool | TokenPool | AutoPool
-
-
-def channel_dim(shape: tuple[int, ...]) -> int:
-    """Dimension of the channels in a state ``[B, *shape]``.
-
-    Vectors and tokens have them last. Maps of rank 4 have them first, unless only the first two of the three sizes agree
-    (``14, 14, 384``: channels last, as in Swin).
-    """
-    if len(shape) <= 2:
-        return len(shape)
-    if len(shape) == 3 and shape[0] == shape[1] != shape[2]:
-        return 3
-    return 1
+from offramp.core.pooling import channel_dim
+from offramp.exits.pool import AutoPool, MeanPool, Pool, ShapedHead, TokenPool, only_channels, output_layer, resolve, vector_norm
 
 
 @dataclass(frozen=True)
@@ -70,33 +17,61 @@ class PooledLinear:
 
     Attributes:
         pool: how a state becomes a vector.
-        norm: layer norm before the projection; ``None`` = for tokens (their scale is free before the model's own last norm) and
-            not for maps.
+        norm: layer norm before the projection; ``None`` = for vectors and tokens (their scale is free before the model's own
+            last norm) and not for maps.
     """
 
     pool: Pool = AutoPool()
     norm: bool | None = None
 
-    def build(self, hidden_shape: tuple[int, ...], num_outputs: int) -> PooledLinearHead:
-        pool = self.pool.resolve(hidden_shape) if isinstance(self.pool, AutoPool) else self.pool
-        norm = len(hidden_shape) <= 2 if self.norm is None else self.norm
-        return PooledLinearHead(pool, pool.width(hidden_shape), num_outputs, norm)
+    def build(self, hidden_shape: tuple[int, ...], num_outputs: int) -> VectorHead:
+        pool, width, expects = _vector(self.pool, hidden_shape)
+        return VectorHead(expects, pool, vector_norm(width, hidden_shape, self.norm), output_layer(width, num_outputs))
 
 
-class PooledLinearHead(Head):
-    """Module of `PooledLinear`."""
+@dataclass(frozen=True)
+class MLP:
+    """Pool, normalise, one hidden layer with GELU, project to the classes.
 
-    def __init__(self, pool: Callable[[Tensor], Tensor], width: int, num_outputs: int, norm: bool) -> None:
-        super().__init__()
+    Attributes:
+        inner: width of the hidden layer; ``None`` = that of the pooled state.
+        pool: how a state becomes a vector.
+        norm: as in `PooledLinear`.
+    """
+
+    inner: int | None = None
+    pool: Pool = AutoPool()
+    norm: bool | None = None
+
+    def build(self, hidden_shape: tuple[int, ...], num_outputs: int) -> VectorHead:
+        pool, width, expects = _vector(self.pool, hidden_shape)
+        inner = width if self.inner is None else self.inner
+        if inner < 1:
+            raise InvalidInput(f"inner must be a positive width or None, got {inner}.")
+        body = nn.Sequential(nn.Linear(width, inner), nn.GELU(), output_layer(inner, num_outputs))
+        return VectorHead(expects, pool, vector_norm(width, hidden_shape, self.norm), body)
+
+
+class VectorHead(ShapedHead):
+    """Module of `PooledLinear` and `MLP`."""
+
+    def __init__(self, expects: tuple[int, ...], pool: MeanPool | TokenPool, norm: nn.Module, body: nn.Module) -> None:
+        super().__init__(expects)
         self.pool = pool
-        self.norm = nn.LayerNorm(width) if norm else nn.Identity()
-        self.linear = nn.Linear(width, num_outputs)
-        nn.init.trunc_normal_(self.linear.weight, std=1 / math.sqrt(width))
-        nn.init.zeros_(self.linear.bias)
+        self.norm = norm
+        self.body = body
 
     def forward(self, hidden: Tensor, previous: tuple[Tensor, ...] = ()) -> Tensor:
-        logits: Tensor = self.linear(self.norm(self.pool(hidden)))
+        self.check(hidden)
+        logits: Tensor = self.body(self.norm(self.pool(hidden)))
         return logits
 
 
-__all__ = ["AutoPool", "MeanPool", "PooledLinear", "PooledLinearHead", "TokenPool", "channel_dim"]
+def _vector(pool: Pool, shape: tuple[int, ...]) -> tuple[MeanPool | TokenPool, int, tuple[int, ...]]:
+    """The resolved pool, the width it gives and the states it accepts."""
+    resolved = resolve(pool, shape)
+    last = resolved.channels_last if isinstance(resolved, MeanPool) else None
+    return resolved, resolved.width(shape), only_channels(shape, channel_dim(shape, last))
+
+
+__all__ = ["MLP", "PooledLinear", "VectorHead"]

@@ -4,47 +4,41 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
-import torch
 from torch import Tensor
 
+from offramp.core.errors import InvalidInput
 from offramp.core.types import Readout, RuleState
 from offramp.policies import scores
+from offramp.policies.base import RuleBase
 
 
 @dataclass(frozen=True)
-class Confidence:
+class Confidence(RuleBase):
     """Top-1 softmax probability."""
 
-    stateful: ClassVar[bool] = False
-    needs_hidden: ClassVar[bool] = False
-    bounds: ClassVar[tuple[float, float] | None] = (0.0, 1.0)
-
-    def begin(self, rows: int, device: torch.device) -> RuleState:
-        return {}
+    @property
+    def bounds(self) -> tuple[float, float]:
+        return (0.0, 1.0)
 
     def score(self, exit_index: int, readout: Readout, state: RuleState) -> tuple[Tensor, RuleState]:
         return scores.top1(readout.logits), state
 
 
 @dataclass(frozen=True)
-class Margin:
+class Margin(RuleBase):
     """Difference of the two largest softmax probabilities."""
 
-    stateful: ClassVar[bool] = False
-    needs_hidden: ClassVar[bool] = False
-    bounds: ClassVar[tuple[float, float] | None] = (0.0, 1.0)
-
-    def begin(self, rows: int, device: torch.device) -> RuleState:
-        return {}
+    @property
+    def bounds(self) -> tuple[float, float]:
+        return (0.0, 1.0)
 
     def score(self, exit_index: int, readout: Readout, state: RuleState) -> tuple[Tensor, RuleState]:
         return scores.margin(readout.logits), state
 
 
 @dataclass(frozen=True)
-class Entropy:
+class Entropy(RuleBase):
     """Minus the entropy in nats: a threshold of ``-t`` here is the papers' "leave if entropy < t".
 
     Attributes:
@@ -52,22 +46,21 @@ class Entropy:
     """
 
     classes: int | None = None
-    stateful: ClassVar[bool] = False
-    needs_hidden: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.classes is not None and self.classes < 2:
+            raise InvalidInput(f"classes must be at least 2, got {self.classes}.")
 
     @property
     def bounds(self) -> tuple[float, float] | None:
         return None if self.classes is None else (-math.log(self.classes), 0.0)
-
-    def begin(self, rows: int, device: torch.device) -> RuleState:
-        return {}
 
     def score(self, exit_index: int, readout: Readout, state: RuleState) -> tuple[Tensor, RuleState]:
         return scores.negative_entropy(readout.logits), state
 
 
 @dataclass(frozen=True)
-class Energy:
+class Energy(RuleBase):
     """Minus the free energy of the logits.
 
     Attributes:
@@ -75,12 +68,10 @@ class Energy:
     """
 
     temperature: float = 1.0
-    stateful: ClassVar[bool] = False
-    needs_hidden: ClassVar[bool] = False
-    bounds: ClassVar[tuple[float, float] | None] = None
 
-    def begin(self, rows: int, device: torch.device) -> RuleState:
-        return {}
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.temperature) and self.temperature > 0):
+            raise InvalidInput(f"temperature must be positive and finite, got {self.temperature}.")
 
     def score(self, exit_index: int, readout: Readout, state: RuleState) -> tuple[Tensor, RuleState]:
         return scores.negative_energy(readout.logits, self.temperature), state
