@@ -77,37 +77,6 @@ class _Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-class PatchTransformer(nn.Module):
-    """A transformer over image patches, answering from the mean token.
-
-    Args:
-        channels: of the input.
-        classes: width of the answer.
-        depth: blocks.
-        size: height and width of the images, a multiple of ``patch``.
-        patch: height and width of a patch.
-        width: of a token, a multiple of ``heads``.
-        heads: of attention.
-    """
-
-    def __init__(self, channels: int, classes: int, depth: int, size: int, patch: int = 4, width: int = 64, heads: int = 4) -> None:
-        super().__init__()
-        if size % patch or width % heads or depth < 1:
-            raise InvalidInput(f"size {size} must be a multiple of patch {patch}, width {width} of heads {heads}, and depth {depth} positive.")
-        self.embed = nn.Conv2d(channels, width, patch, patch)
-        self.position = nn.Parameter(torch.randn(1, (size // patch) ** 2, width) * 0.02)
-        self.blocks = nn.ModuleList(_Block(width, heads) for _ in range(depth))
-        self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.embed(x).flatten(2).transpose(1, 2) + self.position
-        for block in self.blocks:
-            x = block(x)
-        logits: Tensor = self.head(self.norm(x.mean(1)))
-        return logits
-
-
 class TextTransformer(nn.Module):
     """A transformer encoder over token ids, answering from the first token.
 
@@ -141,5 +110,5 @@ class TextTransformer(nn.Module):
         return logits
 
 
-NETS: dict[str, type[nn.Module]] = {"conv": ConvNet, "patch": PatchTransformer, "text": TextTransformer}
+NETS: dict[str, type[nn.Module]] = {"conv": ConvNet, "text": TextTransformer}
 """Networks that a reproduction's configuration may name."""

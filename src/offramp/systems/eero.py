@@ -3,8 +3,8 @@
 Delta from msdnet-budget: calibrate = exponential weights on the measured risk of each exit under the budget, in place of geometric
 shares; train, score and rule are the same.
 
-Deviations:
-    - No code is released. The aggregation is rebuilt from the description: shares proportional to ``exp(-beta risk - nu cost)``, with the
+Deviations (written from the paper's description; no code of the authors was compared):
+    - The aggregation is rebuilt: shares proportional to ``exp(-beta risk - nu cost)``, with the
       smallest nu >= 0 that keeps the budget; the exact form of the paper's weights may differ.
     - The paper adds noise to scores to break ties. A run compares plain scores, so a group of equal scores stays together.
 
@@ -31,7 +31,7 @@ CARD = Card(
     engine="classify",
     delta_from="msdnet-budget",
     delta={"calibrate": "exponential weights under a budget, reject-option quantiles"},
-    trained=False,
+    trained=True,
     status="sketch",
     claim="A budget that was set on held-out inputs is kept on new ones: the mean cost exceeds it by at most 2 % of the full model's.",
     predicate=Predicate("excess", "<=", 0.02, over="worst"),
