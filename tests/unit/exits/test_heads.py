@@ -71,7 +71,16 @@ HEADS = {
 }
 CASES = [(h, s) for h, (_, fits) in HEADS.items() for s in STATES if s in fits]
 REFUSED = [(h, s) for h, (_, fits) in HEADS.items() for s in STATES if s not in fits]
-EXPORTED = [(h, s) for h, s in CASES if s in {"map", "class_token", "dynamic"} or (h, s) == ("ConvLocal", "nhwc")]
+VARIANTS = {
+    "PooledLinearToken",
+    "MLPInner",
+    "MixedPoolWhole",
+    "PoolerShared",
+    "ConvPoolLinearOwnWidth",
+    "ConvLocalPointwise",
+    "AttentionHeadR3",
+}
+EXPORTED = [(h, s) for h, s in CASES if h not in VARIANTS and s in {"map", "class_token", "dynamic"}] + [("ConvLocal", "nhwc")]
 
 
 def state(name: str, rows: int, tokens: int = 9, seed: int = 0) -> Tensor:
