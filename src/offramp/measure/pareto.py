@@ -104,6 +104,8 @@ def interpolate(reference: Curve, cost: float) -> float:
         InvalidInput: ``cost`` is below the cheapest point, where the curve says nothing.
     """
     points = reference.points
+    if math.isclose(cost, points[0].cost, rel_tol=1e-9):
+        cost = points[0].cost  # the mean of equal costs may be off by a rounding
     if not cost >= points[0].cost:
         raise InvalidInput(f"The curve {reference.name!r} starts at cost {points[0].cost:.4g}; it says nothing about cost {cost:.4g}.")
     same = [p.quality for p in points if p.cost == cost]

@@ -384,7 +384,8 @@ def overthinking_bars(facts: Overthinking, exits: Sequence[str], *, key: str, ti
     rows = tuple((n, percent(g, 2), percent(x, 2)) for n, g, x in zip(early, gained, lost, strict=True))
     alt = (
         "Per exit, the share of items that the rest of the network corrects and the share it spoils. "
-        f"Over all exits {percent(facts.destructive)} of items are right at some exit and wrong at the end; {percent(facts.wasteful)} are right both early and at the end."
+        f"Over all exits {percent(facts.destructive)} of items are right at some exit and wrong at the end; "
+        f"{percent(facts.wasteful)} are right both early and at the end."
     )
     return Picture(svg, alt, title, ("exit", "wrong here, right at the end", "right here, wrong at the end"), rows)
 
@@ -465,12 +466,12 @@ def score_distribution(scores: Tensor, right: Tensor | None, threshold: float, n
     parts = [("items", BLUE, everything)] if right is None else [("wrong", RED, ~right), ("right", BLUE, right)]
     leaves = float((values >= threshold).double().mean())
     with _figure(2.7, 2.2) as (figure, ax):
-        width = (high - low) / bins
         base = [0.0] * bins
         for label, colour, mask in parts:
             part = counts(mask)
-            ax.bar(edges[:-1].tolist(), part, width=width, bottom=base, align="edge", color=colour, linewidth=0, label=label, zorder=2)
-            base = [a + b for a, b in zip(base, part, strict=True)]
+            top = [a + b for a, b in zip(base, part, strict=True)]
+            ax.stairs(top, edges.tolist(), baseline=base, fill=True, color=colour, linewidth=0, label=label, zorder=2)
+            base = top
         if math.isfinite(threshold):
             ax.axvline(threshold, color=INK, linewidth=1.2, zorder=4)
             left = threshold > (low + high) / 2

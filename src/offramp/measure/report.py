@@ -618,20 +618,20 @@ def _facts(trace: Trace, result: Outcome, item: int, names: Sequence[str] | None
 # ------------------------------------------------------------------------------------------------ machine
 
 
-def _latency(table: LatencyTable | None) -> str:
-    if table is None:
+def _latency(times: LatencyTable | None) -> str:
+    if times is None:
         return ""
-    header = ("piece", *(f"batch {b}" for b in table.batch_sizes))
+    header = ("piece", *(f"batch {b}" for b in times.batch_sizes))
     rows: list[tuple[str, ...]] = []
-    for k, (segment, head) in enumerate(zip(table.segment_ms.tolist(), table.head_ms.tolist(), strict=True)):
+    for k, (segment, head) in enumerate(zip(times.segment_ms.tolist(), times.head_ms.tolist(), strict=True)):
         rows.append((f"segment {k + 1}", *(f"{v:.4g}" for v in segment)))
         if any(head):
             rows.append((f"head and rule {k + 1}", *(f"{v:.4g}" for v in head)))
-    rows.append(("gather survivors", *(f"{v:.4g}" for v in table.gather_ms.tolist())))
-    total = (table.segment_ms.sum(0)).tolist()
-    rows.append(("all segments, per item", *(f"{v / b:.4g}" for v, b in zip(total, table.batch_sizes, strict=True))))
-    return table(header, rows, f"Median milliseconds per batch on {table.device}") + paragraph(
-        f"Reading how many items left takes {table.sync_ms:.3g} ms.", "fine"
+    rows.append(("gather survivors", *(f"{v:.4g}" for v in times.gather_ms.tolist())))
+    total = (times.segment_ms.sum(0)).tolist()
+    rows.append(("all segments, per item", *(f"{v / b:.4g}" for v, b in zip(total, times.batch_sizes, strict=True))))
+    return table(header, rows, f"Median milliseconds per batch on {times.device}") + paragraph(
+        f"Reading how many items left takes {times.sync_ms:.3g} ms.", "fine"
     )
 
 
