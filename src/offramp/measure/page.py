@@ -147,7 +147,7 @@ h3{font-size:1.02rem;margin:1.6rem 0 .3rem}
 p{margin:.4rem 0 .8rem;max-width:46rem}
 .fine,small{font-size:.82rem}
 .note{background:var(--panel);border-left:3px solid var(--c2);padding:.6rem .9rem}
-.tiles{display:grid;grid-template-columns:repeat(auto-fill,minmax(11.5rem,1fr));gap:.75rem;margin:0 0 1.2rem}
+.tiles{display:grid;grid-template-columns:repeat(auto-fill,minmax(13rem,1fr));gap:.75rem;margin:0 0 1.2rem}
 .tiles>div{background:var(--panel);padding:.75rem .9rem;border-radius:6px}
 dt{font-size:.82rem;color:var(--muted)}
 dd{margin:0}dd b{display:block;font-size:1.55rem;line-height:1.25;font-weight:600;font-variant-numeric:tabular-nums}
