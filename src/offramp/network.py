@@ -319,6 +319,7 @@ def attach(
         built = spec if isinstance(spec, nn.Module) else spec.build(shape, width)
         built = built.to(device=device, dtype=dtype)
         heads.append(built)
+    offramp.exits.tie(heads)
     answers: tuple[Tensor, ...] = ()
     for path, spec, built in zip(paths, specs, heads, strict=True):
         built.eval()

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from offramp.core.bundle import fingerprint
 from offramp.core.errors import ArtifactError, InvalidInput
 
 
@@ -70,5 +71,8 @@ def part_from_dict(data: Any, known: Mapping[str, type]) -> Any:
 
 
 def part_key(part: Any) -> str:
-    """A canonical string that equals for equal parts; names recorded scores in a trace."""
-    return json.dumps(part_to_dict(part), sort_keys=True, separators=(",", ":"))
+    """A canonical string that equals for equal parts, learned weights included; names recorded scores in a trace."""
+    key = json.dumps(part_to_dict(part), sort_keys=True, separators=(",", ":"))
+    if isinstance(part, nn.Module) and part.state_dict():
+        key += "#" + fingerprint(part)[:16]
+    return key

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +25,7 @@ from offramp.core.batches import unpack_batch
 from offramp.core.certificate import Plan
 from offramp.core.errors import InvalidInput, NoEffectWarning, NoSavingWarning
 from offramp.core.trace import LatencyTable
+from offramp.engines.graphs import GraphLoop, StreamLoop, buckets
 from offramp.engines.profile import interpolate, median_ms, worthwhile
 from offramp.engines.stages import Layout, Rows, Stage, begin, exit_costs, join, make_stages, take
 from offramp.network import MultiExit
@@ -115,6 +116,8 @@ class Runner:
     costs: Tensor
     table: LatencyTable | None = None
     dropped: dict[str, str] = field(default_factory=dict)
+    loop: GraphLoop | None = None
+    _known: dict[Any, tuple[list[int], Rows, Layout, Any]] = field(default_factory=dict, repr=False)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Answers:
         """Answers for one batch, inputs given as to the model.
@@ -124,11 +127,18 @@ class Runner:
         """
         if isinstance(self.mode, Throughput):
             return next(self.stream([(args, kwargs)]))
-        args, kwargs = self._place(args, kwargs)
         with torch.inference_mode():
-            if isinstance(self.mode, Quota):
-                return self._quota(args, kwargs)
-            return self._latency(args, kwargs)
+            if self.loop is not None:
+                key, rows, layout, count = self._enter(args, kwargs)
+                if not count:
+                    return self._answers(torch.empty(0, self.net.num_outputs, device=self.net.device), torch.empty(0, dtype=torch.int64, device=self.net.device))
+                if isinstance(self.mode, Quota):
+                    output, stage = self.loop.quota(key, rows, layout, count, quota_sizes(self._stage_shares(), count))
+                else:
+                    output, stage = self.loop.latency(key, rows, layout, count)
+                return Answers(output, self._stage_exit[stage], self._stage_cost[stage])
+            args, kwargs = self._place(args, kwargs)
+            return self._quota(args, kwargs) if isinstance(self.mode, Quota) else self._latency(args, kwargs)
 
     def stream(self, batches: Iterable[Any]) -> Iterator[Answers]:
         """Answers for each batch of an iterable, in order.
@@ -142,6 +152,55 @@ class Runner:
         for batch in batches:
             args, kwargs = _inputs(batch)
             yield self(*args, **kwargs)
+
+    def _enter(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, Rows, Layout, int]:
+        """Rows, their layout, what identifies their shape, and how many.
+
+        Inputs that are plain tensors of shapes seen before skip the checks: at batch 1 those cost as much as a block.
+        """
+        flat = (*args, *kwargs.values())
+        shapes = (len(args), *kwargs, *((t.shape, t.dtype, t.device) if isinstance(t, Tensor) and t.ndim else id(t) for t in flat))
+        if shapes in self._known:
+            order, carried, layout, key = self._known[shapes]
+            return key, (*(flat[i] for i in order), *carried), layout, int(flat[order[0]].shape[layout.dims[0][0]])
+        placed_args, placed_kwargs = self._place(args, kwargs)
+        rows, layout, count = begin(self.net, self.plan, placed_args, placed_kwargs)
+        key = signature(rows, layout)
+        order = [next((i for i, t in enumerate(flat) if t is r), -1) for r in rows[: len(layout.live)]]
+        if -1 not in order and all(layout.batch_dims):  # given as they are used: nothing was moved, cast or nested
+            self._known[shapes] = (order, rows[len(layout.live) :], layout, key)
+        return key, rows, layout, count
+
+    def loop_table(self, size: int) -> LatencyTable:
+        """Capture the graphs for a batch size on repeated example rows and time them. Only with graphs."""
+        if self.loop is None:
+            raise InvalidInput("This engine has no graphs to time.")
+        example = self.net.example.to(self.net.device, self.net.dtype)
+        rows, layout, two = begin(self.net, self.plan, example.args, example.kwargs)
+        key = signature(rows, layout)
+        sizes = buckets(size) if isinstance(self.mode, Latency) else tuple(sorted({max(1, size // 4), size}))
+        rows = take(rows, layout, torch.arange(size, device=self.net.device) % two)
+        measured = self.loop.measure(key, rows, layout, size, sizes)
+        # The table is per segment; a stage of several segments has its time at the last of them.
+        segment, head = torch.zeros(2, len(self.plan.exits), len(sizes), dtype=torch.float64)
+        for k, stage in enumerate(self.stages):
+            segment[stage.exit], head[stage.exit] = measured.segment_ms[k], measured.head_ms[k]
+        return replace(measured, segment_ms=segment, head_ms=head)
+
+    def _stage_shares(self) -> list[float]:
+        """Expected share leaving at the end of each stage; what a dropped exit would have let go leaves later."""
+        shares, waiting = [], 0.0
+        ends = {s.exit for s in self.stages}
+        for k, share in enumerate(self.plan.shares):
+            waiting += share
+            if k in ends:
+                shares.append(waiting)
+                waiting = 0.0
+        return shares
+
+    def __post_init__(self) -> None:
+        self._stage_exit = torch.tensor([s.exit for s in self.stages], device=self.net.device)
+        self._stage_cost = self.costs.to(self.net.device)[self._stage_exit]
 
     def _place(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         device, dtype = self.net.device, self.net.dtype
@@ -213,15 +272,15 @@ class Runner:
         exits = torch.full((count,), len(self.plan.exits) - 1, device=device)
         index = torch.arange(count, device=device)
         output: Tensor | None = None
-        sizes = quota_sizes(self.plan.shares, count)
-        for stage in self.stages:
+        sizes = quota_sizes(self._stage_shares(), count)
+        for number, stage in enumerate(self.stages):
             rows, logits, score = stage(*rows)
             if output is None:
                 output = logits.new_empty(count, *logits.shape[1:])
             output[index] = logits
             if stage.last:
                 break
-            keep = score.topk(sizes[stage.exit], largest=False, sorted=False).indices
+            keep = score.topk(sizes[number], largest=False, sorted=False).indices
             exits[index] = stage.exit
             exits[index[keep]] = len(self.plan.exits) - 1
             if not keep.numel():
@@ -229,7 +288,37 @@ class Runner:
             rows, index = take(rows, stage.after, keep), index[keep]
         return self._answers(output, exits)
 
+    def _graph_throughput(self, batches: Iterable[Any]) -> Iterator[Answers]:
+        """Throughput mode over captured graphs. A batch of another signature waits until the queues are empty."""
+        run: StreamLoop | None = None
+        current: Any = None
+        waiting = _Assembly(self)
+        for batch in batches:
+            with torch.inference_mode():
+                key, rows, layout, count = self._enter(*_inputs(batch))
+                if count and key != current:
+                    yield from self._drain(run, waiting)
+                    run, current = self.loop.stream(key, rows, layout, self.mode.bucket, self.mode.backlog), key
+                waiting.expect(count)
+                if run is None or not count:
+                    continue
+                run.admit(rows, count)
+                while run.step():
+                    yield from waiting.collect(run)
+        with torch.inference_mode():
+            yield from self._drain(run, waiting)
+
+    def _drain(self, run: StreamLoop | None, waiting: _Assembly) -> Iterator[Answers]:
+        while run is not None and run.unfinished:
+            if not run.step(drain=True):
+                run.finish()
+            yield from waiting.collect(run)
+        yield from waiting.empty_batches()
+
     def _throughput(self, batches: Iterable[Any]) -> Iterator[Answers]:
+        if self.loop is not None:
+            yield from self._graph_throughput(batches)
+            return
         bucket = self.mode.bucket
         limit = bucket * self.mode.backlog
         stream = _Stream(self, bucket)
@@ -250,6 +339,46 @@ class Runner:
         lines = [f"{type(self.mode).__name__} engine on {self.net.device}: checks {', '.join(checked) or 'no exit'}"]
         lines += [f"  dropped {name}: {why}" for name, why in self.dropped.items()]
         return "\n".join(lines)
+
+
+class _Assembly:
+    """Cuts the rows that a graph stream returns, in order, into the batches that went in."""
+
+    def __init__(self, runner: Runner) -> None:
+        self.runner = runner
+        self.sizes: list[int] = []
+        self.pieces: list[tuple[Tensor, Tensor]] = []
+        self.held = 0
+
+    def expect(self, rows: int) -> None:
+        self.sizes.append(rows)
+
+    def collect(self, run: StreamLoop) -> Iterator[Answers]:
+        for first, end in run.finished():
+            self.pieces.append(run.collect(first, end))
+            self.held += end - first
+        whole: list[int] = []
+        while self.sizes and sum(whole) + self.sizes[0] <= self.held:
+            whole.append(self.sizes.pop(0))
+        if not whole:
+            return
+        output, stage = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*self.pieces, strict=True)) if self.pieces else self._none()
+        taken = sum(whole)
+        self.pieces = [(output[taken:], stage[taken:])] if taken < self.held else []
+        self.held -= taken
+        exits, cost = self.runner._stage_exit[stage[:taken]], self.runner._stage_cost[stage[:taken]]
+        yield from (Answers(*parts) for parts in zip(output[:taken].split(whole), exits.split(whole), cost.split(whole), strict=True))
+
+    def empty_batches(self) -> Iterator[Answers]:
+        """What is left when no row is waiting: batches without rows."""
+        for _ in self.sizes:
+            output, stage = self._none()
+            yield Answers(output, self.runner._stage_exit[stage], self.runner._stage_cost[stage])
+        self.sizes.clear()
+
+    def _none(self) -> tuple[Tensor, Tensor]:
+        device = self.runner.net.device
+        return torch.empty(0, self.runner.net.num_outputs, device=device), torch.empty(0, dtype=torch.int64, device=device)
 
 
 class _Stream:
@@ -388,9 +517,7 @@ def measure_table(net: MultiExit, plan: Plan, batch_sizes: Sequence[int]) -> Lat
                 head = 0.0
                 following, _, _ = stage(*rows)
                 if not stage.last:
-                    hidden = stage.cut.segments[stage.exit].hidden
-                    state = following[stage.after.live.index(hidden)]
-                    previous = following[len(stage.after.live) : len(stage.after.live) + stage.before.previous]
+                    state, previous = stage.head_inputs(following)
                     head = median_ms(lambda stage=stage, state=state, previous=previous: net.heads[stage.exit](state, previous), device)
                     half = torch.arange(max(1, size // 2), device=device)
                     gathers.append(median_ms(lambda stage=stage, rows=following, half=half: take(rows, stage.after, half), device))
@@ -459,31 +586,35 @@ def compile(  # noqa: A001 - the verb, as in torch.compile
         decide = [share > 0 for share in plan.shares[:-1]]
     if not any(decide):
         warnings.warn("The plan never leaves early, so this runs the model as it is.", NoEffectWarning, stacklevel=2)
-    dropped: dict[str, str] = {}
+    use_graphs = graphs if graphs is not None else net.device.type == "cuda"
     guaranteed = plan.certificate is not None and plan.certificate.guaranteed
     with torch.inference_mode():
+        runner = _build(net, plan, mode, decide, use_graphs)
         if measure and table is None and any(decide):
-            sizes = sorted({1, *(2**p for p in range(2, size.bit_length(), 2)), size})
-            table = measure_table(net, plan, sizes)
-        if table is not None and any(decide):
-            pays = worthwhile(plan, table, size)
-            losing = [k for k, (yes, pay) in enumerate(zip(decide, pays, strict=True)) if yes and not pay]
-            if drop if drop is not None else not guaranteed:
-                for k in losing:
-                    dropped[net.at[k]] = f"checking it costs more than the {plan.shares[k]:.1%} leaving there save at batch size {size}"
-                    decide[k] = False
-                if losing and not any(decide):
-                    warnings.warn("No exit of this plan pays on this machine; the model runs as it is.", NoSavingWarning, stacklevel=2)
-            elif losing and len(losing) == sum(decide):
-                warnings.warn(
-                    "No exit of this plan pays on this machine, but its guarantee is about these exits, so they are kept.", NoSavingWarning, stacklevel=2
-                )
-        stages = make_stages(net, plan, decide)
-        runner = Runner(net, plan, mode, stages, tuple(decide), exit_costs(net, plan, decide), table, dropped)
-        if graphs if graphs is not None else net.device.type == "cuda":
-            from offramp.engines.graphs import graphed
+            table = runner.loop_table(size) if runner.loop is not None else measure_table(net, plan, sorted({1, *(2**p for p in range(2, size.bit_length(), 2)), size}))
+        if table is None or not any(decide):
+            return runner
+        pays = worthwhile(plan, table, size, decide)
+        losing = [k for k, (yes, pay) in enumerate(zip(decide, pays, strict=True)) if yes and not pay]
+        if losing and (drop if drop is not None else not guaranteed):
+            runner = _build(net, plan, mode, [yes and k not in losing for k, yes in enumerate(decide)], use_graphs)
+            runner.dropped = {
+                net.at[k]: f"checking it costs more than the {plan.shares[k]:.1%} leaving there save at batch size {size}" for k in losing
+            }
+            if runner.loop is not None and any(runner.decide):
+                runner.loop_table(size)
+        if losing and len(losing) == sum(decide):
+            kept = "the model runs as it is" if runner.dropped else "they are kept, as asked or because the guarantee is about exactly these exits"
+            warnings.warn(f"No exit of this plan pays on this machine; {kept}.", NoSavingWarning, stacklevel=2)
+        runner.table = table
+    return runner
 
-            return graphed(runner)
+
+def _build(net: MultiExit, plan: Plan, mode: Mode, decide: Sequence[bool], graphs: bool) -> Runner:
+    stages = make_stages(net, plan, decide)
+    runner = Runner(net, plan, mode, stages, tuple(decide), exit_costs(net, plan, decide))
+    if graphs:
+        runner.loop = GraphLoop(stages, [plan.thresholds[s.exit] for s in stages], net.device, compiled=net.device.type == "cuda")
     return runner
 
 

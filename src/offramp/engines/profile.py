@@ -50,8 +50,8 @@ def interpolate(sizes: Sequence[int], times: Sequence[float], rows: float) -> fl
     return low_time * rows / low_size
 
 
-def worthwhile(plan: Plan, table: LatencyTable, batch_size: int) -> list[bool]:
-    """Which exits save more time than they cost at a batch size, given the shares the plan expects.
+def worthwhile(plan: Plan, table: LatencyTable, batch_size: int, decide: Sequence[bool]) -> list[bool]:
+    """Which of the checked exits save more time than they cost at a batch size, given the shares the plan expects.
 
     An exit is worth checking if the time saved behind it exceeds its head, its gather and the wait for the count:
     ``R(n) - R(n - m) > head(n) + gather(n) + sync`` with ``n`` rows reaching it, ``m`` leaving and ``R`` the time of all
@@ -60,7 +60,7 @@ def worthwhile(plan: Plan, table: LatencyTable, batch_size: int) -> list[bool]:
     early = len(plan.exits) - 1
     sizes = table.batch_sizes
     segment, head, gather = table.segment_ms.tolist(), table.head_ms.tolist(), table.gather_ms.tolist()
-    keep = [plan.thresholds[k] != float("inf") for k in range(early)]
+    keep = list(decide)
     if plan.rule.stateful:
         return keep  # a later score needs the earlier heads anyway, so dropping one saves nothing
 

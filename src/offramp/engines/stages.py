@@ -88,6 +88,8 @@ class Stage(nn.Module):
         self.last = stop == len(self.cut.segments)
         self.before = before
         self.after = before  # replaced by `lay_out` after a dry run
+        self._learning = False
+        self._rule_names: tuple[str, ...] = ()
         self.keep_previous = any(getattr(h, "needs_previous", False) for h in net.heads)
 
     def forward(self, *rows: Tensor) -> tuple[Rows, Tensor, Tensor | None]:
@@ -113,6 +115,8 @@ class Stage(nn.Module):
                     previous = (*previous, logits)
                 if wanted or rule.stateful:
                     score, state = rule.score(k, Readout(logits, hidden), state)
+        if self._learning:
+            self._rule_names = tuple(sorted(state))
         after = (*cut_state.values.values(), *previous, *(state[n] for n in sorted(state)))
         if logits is None or score is None:
             raise InvalidInput(f"Stage {self.start}-{self.stop} ends without a decision; this is a defect in the plan of stages.")
@@ -120,19 +124,22 @@ class Stage(nn.Module):
 
     def lay_out(self, rows: Rows) -> Rows:
         """Run once on example rows to learn what follows; sets ``after``."""
+        self._learning = True  # a rule may add to its running state at its first exit, so the names are learnt by running
         with torch.no_grad():
             following, _, _ = self(*rows)
+        self._learning = False
         if not self.last:
             live = self.cut.segments[self.stop - 1].live
             previous = self.before.previous + (self.stop - self.start if self.keep_previous else 0)
-            names = tuple(sorted(self.rule[0].begin(1, self.net[0].device)))
-            if len(following) != len(live) + previous + len(names):
-                raise InvalidInput(
-                    f"{type(self.rule[0]).__name__} changed the names of its running state at exit {self.exit}: a rule keeps the names "
-                    f"that begin() gave ({', '.join(names) or 'none'})."
-                )
-            self.after = Layout(live, tuple(self.cut.batch_dims.get(n, ()) for n in live), previous, names)
+            self.after = Layout(live, tuple(self.cut.batch_dims.get(n, ()) for n in live), previous, self._rule_names)
         return following
+
+
+    def head_inputs(self, following: Rows) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """What the head at the end of this stage reads, out of the rows that the stage returns (not for the last stage)."""
+        live = len(self.after.live)
+        hidden = following[self.after.live.index(self.cut.segments[self.exit].hidden)]
+        return hidden, following[live : live + self.before.previous + (self.stop - self.start - 1) * self.keep_previous]
 
 
 def begin(net: MultiExit, plan: Plan, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Rows, Layout, int]:
