@@ -212,6 +212,11 @@ def compare(
     Args:
         functions: by name, at least one.
         reference: the name to divide by; the first by default.
+        warmup: calls of each before the first round, >= 0.
+        repeats: rounds, >= 1.
+        device: where the callables run.
+        calls: calls per sample, >= 1.
+        events: on CUDA, device time only; see `measure`.
         level: of the ratios' intervals.
 
     Raises:

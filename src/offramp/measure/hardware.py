@@ -52,6 +52,7 @@ def copy_bandwidth(device: torch.device | str = "cpu", *, size_bytes: int | None
     """Bytes per second of a large copy: bytes read plus bytes written, over the fastest of ``repeats`` samples.
 
     Args:
+        device: whose memory.
         size_bytes: of the source; 1 GiB on CUDA and 256 MiB on a CPU by default, well beyond their caches.
         repeats: samples, >= 1.
     """
@@ -71,6 +72,7 @@ def matmul_rate(
     """FLOPs per second of a square matrix product, over the fastest of ``repeats`` samples.
 
     Args:
+        device: what computes.
         dtype: of both factors. On CUDA, float32 follows ``torch.backends.cuda.matmul`` (TF32 or not) as it stands.
         size: rows and columns; 8192 on CUDA and 1024 on a CPU by default.
         repeats: samples, >= 1.

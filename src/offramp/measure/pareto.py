@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -114,7 +115,7 @@ def interpolate(reference: Curve, cost: float) -> float:
     if cost > points[-1].cost:
         dearest = points[-1].cost
         return max(p.quality for p in points if p.cost == dearest)
-    left, right = next((a, b) for a, b in zip(points, points[1:], strict=False) if a.cost < cost < b.cost)
+    left, right = next((a, b) for a, b in itertools.pairwise(points) if a.cost < cost < b.cost)
     start = max(p.quality for p in points if p.cost == left.cost)
     return start + (right.quality - start) * (cost - left.cost) / (right.cost - left.cost)
 
@@ -123,6 +124,7 @@ def area(reference: Curve, low: float, high: float, *, log_cost: bool = False) -
     """Mean quality of a curve over a range of cost, in the unit of quality: area under it over the width of the range.
 
     Args:
+        reference: the curve.
         low: start of the range, not below the curve's cheapest point (and > 0 with ``log_cost``).
         high: end, > ``low``.
         log_cost: weigh equal *ratios* of cost equally (lines stay straight in cost; the integral is exact either way).
@@ -131,7 +133,7 @@ def area(reference: Curve, low: float, high: float, *, log_cost: bool = False) -
         raise InvalidInput(f"The range must have low < high (and low > 0 on a log scale), got {low} .. {high}.")
     places = [low, *(c for c in sorted(set(reference.cost)) if low < c < high), high]
     total = 0.0
-    for a, b in zip(places, places[1:], strict=False):
+    for a, b in itertools.pairwise(places):
         qa, qb = interpolate(reference, a), _left_limit(reference, b)
         if log_cost:
             slope = (qb - qa) / (b - a)  # integral of (qa + slope * (c - a)) / c
@@ -176,6 +178,7 @@ def fixed_exit_curve(trace: Trace, cost: Tensor | None = None) -> Curve:
     """The same network cut off at one exit for good: what no rule at all achieves.
 
     Args:
+        trace: gives the quality of each exit.
         cost: ``[K]`` FLOPs per item of the network up to exit k with that head alone. A trace does not know them; without them
             the heads passed on the way count too, which favours no exit but overstates the later ones by their share.
     """
@@ -197,6 +200,7 @@ def random_exit(trace: Trace, shares: Sequence[float] | Tensor) -> Point:
     """Exits drawn at random with given shares: a plan's own histogram without its knowledge, at exactly its cost. In expectation.
 
     Args:
+        trace: gives quality and cost of each exit.
         shares: K numbers >= 0 that sum to 1.
     """
     weight = torch.as_tensor(shares, dtype=torch.float64)
@@ -231,6 +235,8 @@ def sweep(trace: Trace, rule: Rule, settings: int = 40, name: str = "") -> Curve
     setting is picked, so nothing is fitted to these items.
 
     Args:
+        trace: the items.
+        rule: gives the scores.
         settings: >= 2.
         name: of the curve; the rule's type by default.
     """

@@ -182,6 +182,7 @@ def pareto_chart(
         points: single settings (plans, smaller models), labelled in the legend.
         dots: families of settings between which nothing lies (fixed exits): open markers without a line.
         key: prefix of ids, unique in the page.
+        title: short.
         quality: name of the vertical axis, a share.
         cost: name of the horizontal axis, its unit in brackets.
         unit: ``"share"`` prints costs as percentages, anything else as numbers in that unit.
@@ -259,6 +260,8 @@ def exit_histogram(
     Args:
         shares: ``[K]`` observed.
         exits: K names.
+        key: prefix of ids, unique in the page.
+        title: short.
         expected: K shares that the plan foresaw, drawn as ticks; none if empty.
     """
     values = [float(s) for s in shares]
@@ -446,6 +449,9 @@ def score_distribution(scores: Tensor, right: Tensor | None, threshold: float, n
         scores: ``[N]``.
         right: ``[N]`` bool, or ``None`` without labels.
         threshold: items at or above it leave here (if they have not left before); infinite: not drawn.
+        name: of the exit.
+        key: prefix of ids, unique in the page.
+        bins: of the histogram, >= 1.
     """
     values = scores.detach().cpu().double()
     finite = values[values.isfinite()]

@@ -304,6 +304,7 @@ def monotonicity(trace: Trace, tolerances: Sequence[float] = (0.01, 0.05, 0.1, 0
     """Marginal monotonicity, and conditional monotonicity as in Jazbec et al. 2023 (section 3), per item.
 
     Args:
+        trace: with logits and labels.
         tolerances: falls of probability, in [0, 1].
     """
     logits, labels = _logits(trace, "Conditional monotonicity"), _labels(trace, "Conditional monotonicity")

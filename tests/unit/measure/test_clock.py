@@ -37,7 +37,7 @@ def test_quantiles_by_hand() -> None:
     assert quantile([1.0, 2.0, 3.0, 4.0], 0.5) == 2.5
     assert quantile([float(v) for v in range(101)], 0.95) == pytest.approx(95.0)
     assert quantile([7.0], 0.95) == 7.0
-    with pytest.raises(InvalidInput, match="q=1.5"):
+    with pytest.raises(InvalidInput, match=r"q=1\.5"):
         quantile([1.0], 1.5)
 
 
