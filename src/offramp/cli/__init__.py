@@ -1,0 +1,5 @@
+"""The command line: ``offramp`` and ``python -m offramp``."""
+
+from offramp.cli.app import app
+
+__all__ = ["app"]
