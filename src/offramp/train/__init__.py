@@ -27,8 +27,8 @@ from offramp.train.recipe import (
 PARTS: dict[str, type] = {
     c.__name__: c
     for c in (
-        Alternating, BestDepth, CrossEntropy, Distill, EarlyWeighted, Equal, Explicit, FinalOnly, Frozen, Gates, IndexWeighted, Joint, MeanSquared, Ponder,
-        PredictLoss, Ramp, TargetExit, ToLast, ToNext, TwoStage, Wrongness,
+        Alternating, BestDepth, CrossEntropy, Distill, EarlyWeighted, Equal, Explicit, FinalOnly, Frozen, Gates, IndexWeighted, Joint,
+        MeanSquared, Ponder, PredictLoss, Ramp, TargetExit, ToLast, ToNext, TwoStage, Wrongness,
     )
 }  # fmt: skip
 """Every part of this folder by name: what a saved recipe may name (a rule inside of `Gates` comes from `offramp.policies.PARTS`)."""

@@ -38,7 +38,7 @@ def _method(rule: Any, name: str, lesson: object) -> Any:
     method = getattr(rule, name, None)
     if method is None:
         raise InvalidInput(
-            f"{type(lesson).__name__} trains a rule through its method `{name}`; {type(rule).__name__} has none. Choose another lesson or rule."
+            f"{type(lesson).__name__} trains a rule through its method `{name}`; {type(rule).__name__} has none. Choose another lesson."
         )
     return method
 

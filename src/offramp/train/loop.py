@@ -8,8 +8,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from offramp.core.batches import Batch, unpack_batch
 from offramp.core.bundle import load_bundle, save_bundle
-from offramp.core.errors import InvalidInput, MissingExtra
+from offramp.core.errors import InvalidInput
 from offramp.core.parts import part_to_dict
 from offramp.network import MultiExit
 from offramp.train.checkpoint import clear_checkpoints, load_into, newest_checkpoint, save_checkpoint
@@ -29,12 +29,22 @@ from offramp.train.losses import CrossEntropy, ItemLoss, NonFiniteLoss, per_item
 from offramp.train.metrics import MetricsLog
 from offramp.train.order import Order, check_loader, preserved_random_state, seed_all, seeded_samplers
 from offramp.train.recipe import Joint, Objective, Recipe, Seen, allot
+from offramp.train.setup import (
+    Bar,
+    OptimizerFactory,
+    SchedulerFactory,
+    Settings,
+    check_settings,
+    forget_unused,
+    modes_restored,
+    only_trained,
+    own_accelerator,
+    own_frozen,
+    progress_bar,
+)
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
-SchedulerFactory = Callable[[torch.optim.Optimizer, int], Any]
 
 MODEL_LR, ADDED_LR = 5e-5, 1e-3
 """Default learning rates: the model's weights are trained already, those of heads and rules are new."""
@@ -150,57 +160,50 @@ def fit(
         MissingExtra: accelerate is not installed.
     """
     chosen = recipe if recipe is not None else (net.system.recipe if net.system is not None and net.system.recipe is not None else Joint())
-    _check(
-        net,
-        chosen,
+    settings = Settings(
         epochs,
+        loss or CrossEntropy(),
+        optimizer,
+        scheduler,
         gradient_accumulation_steps,
-        keep_checkpoints,
-        checkpoint_every,
-        max_steps,
         max_grad_norm,
-        accelerator,
-        mixed_precision,
+        seed,
+        checkpoint_every,
+        keep_checkpoints,
+        max_steps,
+        None if output_dir is None else Path(output_dir),
     )
+    check_settings(net, chosen, settings, accelerator, mixed_precision)
     check_loader(train_loader)
     if eval_loader is not None:
         check_loader(eval_loader)
     with ExitStack() as stack:
         stack.enter_context(preserved_random_state())
-        stack.enter_context(_modes_restored(net, chosen))
+        stack.enter_context(modes_restored(net, chosen))
         owned = accelerator is None
-        accelerator = stack.enter_context(_accelerator(mixed_precision)) if accelerator is None else accelerator
-        run = _Run(
-            net, chosen, accelerator, owned, loss or CrossEntropy(), optimizer, scheduler, epochs, gradient_accumulation_steps, max_grad_norm, seed,
-            checkpoint_every, keep_checkpoints, max_steps, None if output_dir is None else Path(output_dir),
-        )  # fmt: skip
+        accelerator = stack.enter_context(own_accelerator(mixed_precision)) if accelerator is None else accelerator
+        run = _Run(net, chosen, accelerator, owned, settings)
         stack.callback(run.log.close)
-        return run.go(train_loader, eval_loader, resume, stack.enter_context(_bar(progress and accelerator.is_main_process)))
+        return run.go(train_loader, eval_loader, resume, stack.enter_context(progress_bar(progress and accelerator.is_main_process)))
 
 
 class _Run:
     """State of one call of `fit`."""
 
-    def __init__(
-        self, net: MultiExit, recipe: Recipe, accelerator: Accelerator, owned: bool, loss: ItemLoss, optimizer: OptimizerFactory | None,
-        scheduler: SchedulerFactory | None, epochs: int, accumulation: int, max_grad_norm: float | None, seed: int, checkpoint_every: int | None,
-        keep: int, max_steps: int | None, folder: Path | None,
-    ) -> None:  # fmt: skip
-        self.net, self.recipe, self.accelerator, self.owned, self.loss = net, recipe, accelerator, owned, loss
-        self.optimizer_factory, self.scheduler_factory = optimizer, scheduler
-        self.accumulation, self.max_grad_norm, self.seed = accumulation, max_grad_norm, seed
-        self.checkpoint_every, self.keep, self.folder = checkpoint_every, keep, folder
+    def __init__(self, net: MultiExit, recipe: Recipe, accelerator: Accelerator, owned: bool, settings: Settings) -> None:
+        self.net, self.recipe, self.accelerator, self.owned, self.settings = net, recipe, accelerator, owned, settings
+        self.loss, self.seed, self.folder = settings.loss, settings.seed, settings.folder
         self.phases = recipe.phases()
-        self.epochs = allot(epochs, self.phases, "epochs")
-        self.max_steps = (None,) * len(self.phases) if max_steps is None else allot(max_steps, self.phases, "max_steps")
+        self.epochs = allot(settings.epochs, self.phases, "epochs")
+        self.max_steps = (None,) * len(self.phases) if settings.max_steps is None else allot(settings.max_steps, self.phases, "max_steps")
         self.place = _Place()
-        self.log = MetricsLog(None if folder is None else folder / "metrics.jsonl", write=accelerator.is_main_process)
-        self.keep_eval = [m for m in net.modules() if not m.training and _own_frozen(m)]
+        self.log = MetricsLog(None if self.folder is None else self.folder / "metrics.jsonl", write=accelerator.is_main_process)
+        self.keep_eval = [m for m in net.modules() if not m.training and own_frozen(m)]
         self.sharded = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type)) == "FSDP"
 
     # ---- the run, top to bottom -----------------------------------------------------------------------------------------
 
-    def go(self, train_loader: Iterable[Any], eval_loader: Iterable[Any] | None, resume: bool, bar: _Bar) -> FitResult:
+    def go(self, train_loader: Iterable[Any], eval_loader: Iterable[Any] | None, resume: bool, bar: Bar) -> FitResult:
         saved = self._begin(resume)
         with seeded_samplers(train_loader) as samplers:
             train = self._distribute(train_loader)
@@ -214,9 +217,9 @@ class _Run:
         best = min(evaluations, key=lambda r: r["loss"]) if evaluations else None
         return FitResult(tuple(self.log.records), self.place.step, finished, best, self.resumed_from)
 
-    def _phase(self, index: int, order: Order, evaluation: Any, saved: dict[str, Any] | None, bar: _Bar) -> None:
+    def _phase(self, index: int, order: Order, evaluation: Any, saved: dict[str, Any] | None, bar: Bar) -> None:
         recipe, place = self.phases[index].recipe, self.place
-        with _only_trained(self.net, recipe), equilibrium(self.net) if recipe.equilibrium else nullcontext():
+        with only_trained(self.net, recipe), equilibrium(self.net) if recipe.equilibrium else nullcontext():
             trainee = _Trainee(self.net, recipe)
             parameters = [p for p in trainee.parameters() if p.requires_grad]
             if not parameters:
@@ -225,7 +228,7 @@ class _Run:
             model, optimizer = self.accelerator.prepare(trainee, made)
             total = self._total_steps(index, order.loader)
             self.cost = self._cost() if recipe.needs_cost else ()
-            scheduler = None if self.scheduler_factory is None else self._scheduler(made, total)
+            scheduler = None if self.settings.scheduler is None else self._scheduler(made, total)
             if saved is not None:
                 self._restore(saved, model, optimizer, scheduler)
             bar.start(f"phase {index + 1}/{len(self.phases)}" if len(self.phases) > 1 else "fit", total, place.phase_step)
@@ -236,8 +239,8 @@ class _Run:
                 for window in windows:
                     if (
                         place.phase_step
-                        and self.checkpoint_every
-                        and place.phase_step % self.checkpoint_every == 0
+                        and self.settings.checkpoint_every
+                        and place.phase_step % self.settings.checkpoint_every == 0
                         and not self._just_saved
                     ):
                         self._checkpoint(model, optimizer, scheduler)
@@ -295,13 +298,13 @@ class _Run:
             names = ["loss", *self.net.names, *target.terms]
             values = _values(target) * batch.rows
             sums = values if sums is None else sums + values
-        _forget_unused(self.net, used)
+        forget_unused(self.net, used)
         assert sums is not None  # a window is never empty
         means = (self._sum(sums) / everywhere).tolist()
         self._check_finite(dict(zip(names, means, strict=True)), used, optimizer)
         norm = None
-        if self.max_grad_norm is not None:
-            norm = float(accelerator.clip_grad_norm_(parameters, self.max_grad_norm))
+        if self.settings.max_grad_norm is not None:
+            norm = float(accelerator.clip_grad_norm_(parameters, self.settings.max_grad_norm))
             if not math.isfinite(norm) and accelerator.scaler is None:
                 optimizer.zero_grad(set_to_none=True)
                 raise NonFiniteLoss(
@@ -399,7 +402,8 @@ class _Run:
             return loader
         if not isinstance(loader, torch.utils.data.DataLoader):
             raise InvalidInput(
-                f"In {self.accelerator.num_processes} processes a loader must be a torch DataLoader, so that it can be shared out; got {type(loader).__name__}."
+                f"In {self.accelerator.num_processes} processes a loader must be a torch DataLoader, so that it can be shared out; "
+                f"got {type(loader).__name__}."
             )
         return self.accelerator.prepare_data_loader(loader, device_placement=False)
 
@@ -412,13 +416,13 @@ class _Run:
 
     def _windows(self, batches: Iterator[Any]) -> Any:
         """The batches of each optimizer step; fewer at the end of an epoch."""
-        while window := [self._batch(raw) for raw in islice(batches, self.accumulation)]:
+        while window := [self._batch(raw) for raw in islice(batches, self.settings.gradient_accumulation_steps)]:
             yield window
 
     def _total_steps(self, index: int, loader: Any) -> int | None:
         limit = self.max_steps[index]
         try:
-            steps = self.epochs[index] * math.ceil(len(loader) / self.accumulation)
+            steps = self.epochs[index] * math.ceil(len(loader) / self.settings.gradient_accumulation_steps)
         except TypeError:
             return limit
         return steps if limit is None else min(steps, limit)
@@ -443,8 +447,8 @@ class _Run:
     # ---- what is trained ------------------------------------------------------------------------------------------------
 
     def _optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-        if self.optimizer_factory is not None:
-            made = self.optimizer_factory(parameters)
+        if self.settings.optimizer is not None:
+            made = self.settings.optimizer(parameters)
             if not isinstance(made, torch.optim.Optimizer):
                 raise InvalidInput(
                     f"optimizer must be a function of the parameters that returns a torch optimizer; it returned {type(made).__name__}."
@@ -457,8 +461,8 @@ class _Run:
     def _scheduler(self, optimizer: torch.optim.Optimizer, total: int | None) -> Any:
         if total is None:
             raise InvalidInput("The loader has no length, so the scheduler cannot know how many steps there are. Pass max_steps.")
-        assert self.scheduler_factory is not None
-        return self.scheduler_factory(optimizer, total)
+        assert self.settings.scheduler is not None
+        return self.settings.scheduler(optimizer, total)
 
     def _modes(self, recipe: Recipe) -> None:
         self.net.train(recipe.trains_heads)
@@ -476,8 +480,9 @@ class _Run:
         place = self.place
         who = f"of exit {', '.join(bad)}" if bad else f"term {', '.join(n for n, v in means.items() if not math.isfinite(v))}"
         raise NonFiniteLoss(
-            f"The loss {who} is not finite at step {place.step} (phase {place.phase}, epoch {place.epoch}, batch {place.batch}). No step was taken with it. "
-            "Look for NaN in the inputs, lower the learning rate, clip with max_grad_norm, or use bf16 instead of fp16.",
+            f"The loss {who} is not finite at step {place.step} (phase {place.phase}, epoch {place.epoch}, batch {place.batch}). "
+            "No step was taken with it. Look for NaN in the inputs, lower the learning rate, clip with max_grad_norm, "
+            "or use bf16 instead of fp16.",
             step=place.step,
             exits=bad,
         )
@@ -504,7 +509,7 @@ class _Run:
                 "recipe": part_to_dict(self.recipe),
                 "exits": self.net.names,
                 "seed": self.seed,
-                "gradient_accumulation_steps": self.accumulation,
+                "gradient_accumulation_steps": self.settings.gradient_accumulation_steps,
                 "processes": self.accelerator.num_processes,
                 "epochs of earlier phases": self.epochs[:-1],
             },
@@ -561,7 +566,7 @@ class _Run:
                 "scaler": None if accelerator.scaler is None else accelerator.scaler.state_dict(),
             }
             self.log.flush()
-            save_checkpoint(self.folder / "checkpoints", self.place.step, state, self.keep)
+            save_checkpoint(self.folder / "checkpoints", self.place.step, state, self.settings.keep_checkpoints)
         accelerator.wait_for_everyone()
         self._just_saved = True
 
@@ -607,134 +612,8 @@ def load_best(net: MultiExit, output_dir: str | os.PathLike[str]) -> int:
     return int(content["step"])
 
 
-# ---- helpers -------------------------------------------------------------------------------------------------------------
-
-
-def _check(
-    net: Any, recipe: Any, epochs: int, accumulation: int, keep: int, every: int | None, max_steps: int | None, norm: float | None, accelerator: Any, precision: str | None
-) -> None:  # fmt: skip
-    if not isinstance(net, MultiExit):
-        raise InvalidInput(f"fit takes a network with exits, got {type(net).__name__}. Make one with offramp.attach(model, example=...).")
-    if not isinstance(recipe, Recipe):
-        raise InvalidInput(f"recipe must be a Recipe such as Joint(), got {recipe!r}.")
-    for name, value in (
-        ("epochs", epochs),
-        ("gradient_accumulation_steps", accumulation),
-        ("keep_checkpoints", keep),
-        ("checkpoint_every", every),
-        ("max_steps", max_steps),
-    ):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise InvalidInput(f"{name} must be an integer >= 1, got {value!r}.")
-    if norm is not None and not norm > 0:
-        raise InvalidInput(f"max_grad_norm must be > 0, got {norm!r}.")
-    if accelerator is not None and precision is not None:
-        raise InvalidInput("Pass mixed_precision or accelerator, not both: Accelerator(mixed_precision=...) has its own.")
-    if accelerator is not None and accelerator.gradient_accumulation_steps != 1:
-        raise InvalidInput("Give gradient_accumulation_steps to fit and not to the Accelerator: fit divides by the items of a step itself.")
-
-
-@contextmanager
-def _accelerator(mixed_precision: str | None) -> Iterator[Accelerator]:
-    """An accelerator of our own; accelerate's global state is put back so that a later one may differ."""
-    try:
-        from accelerate import Accelerator
-        from accelerate.state import AcceleratorState
-        from accelerate.utils import DistributedDataParallelKwargs
-    except ImportError as error:
-        raise MissingExtra("accelerate", "train", "Training") from error
-    fresh = not AcceleratorState._shared_state
-    try:
-        # Users' models may have parameters that a forward does not reach (BERT's pooler, say).
-        accelerator = Accelerator(
-            mixed_precision=mixed_precision, kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)]
-        )
-    except (ValueError, ImportError) as error:
-        raise InvalidInput(f"accelerate refuses mixed_precision={mixed_precision!r}: {error}") from error
-    try:
-        yield accelerator
-    finally:
-        if fresh:
-            AcceleratorState._reset_state()
-
-
-@contextmanager
-def _modes_restored(net: MultiExit, recipe: Recipe) -> Iterator[None]:
-    """Give every module its training flag back."""
-    extras = [p.recipe.module for p in recipe.phases() if p.recipe.module is not None]
-    flags = {m: m.training for root in (net, *extras) for m in root.modules()}
-    try:
-        yield
-    finally:
-        for module, flag in flags.items():
-            module.training = flag
-
-
-@contextmanager
-def _only_trained(net: MultiExit, recipe: Recipe) -> Iterator[None]:
-    """Within, only what the recipe trains requires gradients; parameters the user froze stay frozen."""
-    inside = list(net.model.parameters())
-    shared = {id(p) for p in inside}
-    added = [p for p in net.heads.parameters() if id(p) not in shared]
-    off = [*([] if recipe.trains_model else inside), *([] if recipe.trains_heads else added)]
-    flags = [(p, p.requires_grad) for p in off]
-    for p in off:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p, flag in flags:
-            p.requires_grad_(flag)
-
-
-def _own_frozen(module: nn.Module) -> bool:
-    own = list(module.parameters(recurse=False))
-    return bool(own) and not any(p.requires_grad for p in own)
-
-
 def _values(target: Objective) -> Tensor:
     """Total, losses of the exits (0 where unused) and terms, as one tensor: one host read a step."""
     zero = target.total.detach() * 0
     parts = [target.total, *(zero if part is None else part for part in target.losses), *target.terms.values()]
     return torch.stack([p.detach().float().reshape(()) for p in parts])
-
-
-def _forget_unused(net: MultiExit, used: list[bool]) -> None:
-    """Drop the zero gradients of heads that took no part, so that weight decay and momentum leave them alone."""
-    if any(getattr(head, "needs_previous", False) for head in net.heads):
-        return
-    shared = {id(p) for p in net.model.parameters()}
-    kept = {id(p) for head, u in zip(net.heads, used, strict=False) if u for p in head.parameters()}
-    for head, u in zip(net.heads, used, strict=False):
-        for p in () if u else head.parameters():
-            if id(p) not in shared | kept:
-                p.grad = None
-
-
-class _Bar:
-    """A rich progress bar, or nothing."""
-
-    def __init__(self, bar: Any) -> None:
-        self._bar = bar
-        self._task: Any = None
-
-    def start(self, text: str, total: int | None, done: int) -> None:
-        if self._bar is not None:
-            self._task = self._bar.add_task(text, total=total, completed=done, loss="")
-
-    def step(self, record: Mapping[str, Any]) -> None:
-        if self._bar is not None:
-            self._bar.update(self._task, advance=1, loss=f"epoch {record['epoch'] + 1}  loss {record['loss']:.4f}")
-
-
-@contextmanager
-def _bar(show: bool) -> Iterator[_Bar]:
-    if not show:
-        yield _Bar(None)
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    with Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[loss]}")
-    ) as bar:
-        yield _Bar(bar)

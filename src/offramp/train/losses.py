@@ -69,17 +69,15 @@ class CrossEntropy:
             if labels.ndim == 2 and labels.shape[1] == width:
                 return
             raise InvalidInput(
-                f"Labels are {labels.dtype} of shape {tuple(labels.shape)}; cross-entropy over {width} classes takes class indices [B] (int64) or "
+                f"Labels are {labels.dtype} of shape {tuple(labels.shape)}; for {width} classes cross-entropy takes indices [B] (int64) or "
                 f"probabilities [B, {width}]. Use labels.long() for classes, or fit(..., loss=MeanSquared()) for regression."
             )
         if labels.dtype == torch.bool or labels.is_complex() or labels.ndim != 1:
-            raise InvalidInput(
-                f"Labels are {labels.dtype} of shape {tuple(labels.shape)}; expected class indices [B] (int64). Use labels.long().flatten()."
-            )
+            raise InvalidInput(f"Labels are {labels.dtype} of shape {tuple(labels.shape)}; use class indices [B]: labels.long().flatten().")
         if labels.numel() and (int(labels.min()) < 0 or int(labels.max()) >= width):
             raise InvalidInput(
-                f"Labels range over [{int(labels.min())}, {int(labels.max())}] but the exits have {width} classes: expected [0, {width - 1}]. "
-                "Renumber the labels from 0, drop unlabelled items, or attach with num_outputs=."
+                f"Labels range over [{int(labels.min())}, {int(labels.max())}] but the exits have {width} classes, "
+                f"so [0, {width - 1}] was expected. Renumber the labels from 0, drop unlabelled items, or attach with num_outputs=."
             )
 
     def match(self, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:

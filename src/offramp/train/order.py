@@ -32,20 +32,20 @@ def seed_all(*key: int | str) -> None:
         torch.manual_seed(value)
     # Not torch.manual_seed: without an initialised GPU it queues a call with a stack trace for later, at every call.
     torch.default_generator.manual_seed(value)
-    np.random.seed(value % 2**32)
+    np.random.seed(value % 2**32)  # noqa: NPY002 (users' data sets draw from it)
     random.seed(value)
 
 
 @contextmanager
 def preserved_random_state() -> Iterator[None]:
     """Give the caller's global random state back on leaving."""
-    cpu, array, plain = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    cpu, array, plain = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
     devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
         torch.set_rng_state(cpu)
-        np.random.set_state(array)
+        np.random.set_state(array)  # noqa: NPY002
         random.setstate(plain)
         if devices is not None:
             torch.cuda.set_rng_state_all(devices)

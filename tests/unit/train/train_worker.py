@@ -80,9 +80,17 @@ def distributed(folder: str, rank: int, batch: int, kind: str) -> None:
     net = network(0.0, kind == "frozen")
     loader = DataLoader(TensorDataset(inputs, labels), batch_size=batch, shuffle=True)
     result = fit(
-        net, loader, recipe, epochs=2, output_dir=os.path.join(folder, "run"), eval_loader=DataLoader(TensorDataset(inputs[:29], labels[:29]), batch_size=4),
-        optimizer=lambda ps: torch.optim.SGD(ps, lr=0.1, momentum=0.9), gradient_accumulation_steps=2, max_grad_norm=1.0, progress=False,
-    )  # fmt: skip
+        net,
+        loader,
+        recipe,
+        epochs=2,
+        output_dir=os.path.join(folder, "run"),
+        eval_loader=DataLoader(TensorDataset(inputs[:29], labels[:29]), batch_size=4),
+        optimizer=lambda ps: torch.optim.SGD(ps, lr=0.1, momentum=0.9),
+        gradient_accumulation_steps=2,
+        max_grad_norm=1.0,
+        progress=False,
+    )
     save_bundle(folder, f"rank{rank}", "weights", {"history": [dict(r) for r in result.history]}, net.state_dict())
 
 
