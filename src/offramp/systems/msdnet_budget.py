@@ -1,7 +1,7 @@
 """MSDNet's budgeted batch classification: exits are filled in geometric shares, the most confident inputs first. The rule only.
 
 Delta from branchynet: score = top-1 probability in place of entropy, calibrate = geometric exit shares with a threshold per exit in
-place of one shared threshold, axis = four early exits, train = the same sum with all weights 1.
+place of one shared threshold, axis = four early exits, head = whatever the network has.
 
 Deviations from the released code (PyTorch):
     - The multi-scale dense architecture is not part of it: the rule works on the exits of any model.
@@ -30,7 +30,12 @@ CARD = Card(
     arxiv="1703.09844",
     engine="classify",
     delta_from="branchynet",
-    delta={"rule": "top-1 probability", "calibrate": "geometric exit shares, a threshold per exit", "axis": "four early exits"},
+    delta={
+        "rule": "top-1 probability",
+        "calibrate": "geometric exit shares, a threshold per exit",
+        "axis": "four early exits",
+        "head": "whatever the network has",
+    },
     trained=True,
     status="sketch",
     claim="At equal mean cost, spending more on the inputs that are hard is more accurate than giving every input the same exit.",
