@@ -57,7 +57,7 @@ class Settings:
         calibration: share of the training items that is held out to choose thresholds, in (0, 1).
         test_share: share of the items held out for testing where there is no ``test`` spec, in (0, 1).
         batch_size: in training.
-        learning_rate: highest, of AdamW with a cosine schedule, for all weights.
+        learning_rate: highest, of AdamW, for all weights; it rises over the first fifth of the steps and falls by a cosine.
         weight_decay: of AdamW.
         augment: shift images by up to 4 pixels and mirror them, in training.
         mean: subtracted from images per channel.
@@ -300,12 +300,24 @@ def _fit(settings: Settings, net: MultiExit, train: Items, recipe: Any, seed: in
         recipe,
         epochs=settings.epochs,
         optimizer=lambda parameters: torch.optim.AdamW(parameters, settings.learning_rate, weight_decay=settings.weight_decay),
-        scheduler=lambda optimizer, steps: torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.learning_rate, total_steps=steps + 1, pct_start=0.2),
+        scheduler=warmup_cosine,
         max_grad_norm=1.0,
         seed=seed,
         progress=False,
     )
     net.to(device).eval()
+
+
+def warmup_cosine(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
+    """Linear rise over the first fifth of the steps, then a cosine to 0."""
+    rise = max(1, steps // 5)
+
+    def factor(step: int) -> float:
+        if step < rise:
+            return (step + 1) / rise
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - rise) / max(1, steps - rise))))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
 def _budgets(
