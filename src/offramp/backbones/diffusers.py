@@ -87,7 +87,11 @@ def _aura(rows: int, length: int | None) -> Inputs:
 
 
 def _prior(rows: int, length: int | None) -> Inputs:
-    given = {"proj_embedding": torch.randn(rows, 32), "encoder_hidden_states": torch.randn(rows, 7, 32), "attention_mask": torch.ones(rows, 7).bool()}
+    given = {
+        "proj_embedding": torch.randn(rows, 32),
+        "encoder_hidden_states": torch.randn(rows, 7, 32),
+        "attention_mask": torch.ones(rows, 7).bool(),
+    }
     return Inputs((torch.randn(rows, 32), _times(rows)), given)
 
 
@@ -99,19 +103,6 @@ def _vae(rows: int, length: int | None) -> Inputs:
     return Inputs((torch.randn(rows, 3, 16, 16),))
 
 
-def _hunyuan(rows: int, length: int | None) -> Inputs:
-    given = {
-        "encoder_hidden_states": torch.randn(rows, 6, 32),
-        "text_embedding_mask": torch.ones(rows, 6),
-        "encoder_hidden_states_t5": torch.randn(rows, 5, 24),
-        "text_embedding_mask_t5": torch.ones(rows, 5),
-        "image_meta_size": torch.rand(rows, 6) * 100,
-        "style": torch.zeros(rows, dtype=torch.long),
-        "image_rotary_emb": (torch.randn(16, 16), torch.randn(16, 16)),
-    }
-    return Inputs((torch.randn(rows, 4, 8, 8), _times(rows)), given)
-
-
 _UNET: dict[str, Any] = {"sample_size": 16, "block_out_channels": (32, 64), "layers_per_block": 1, "norm_num_groups": 8}
 _HEADS: dict[str, Any] = {"num_attention_heads": 2, "attention_head_dim": 16}
 
@@ -120,13 +111,23 @@ _MODELS: dict[str, tuple[str, str, dict[str, Any], Callable[[int, int | None], I
     "unet2d": (
         "unet",
         "UNet2DModel",
-        {**_UNET, "down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D"), "attention_head_dim": 8},
+        {
+            **_UNET,
+            "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+            "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+            "attention_head_dim": 8,
+        },
         _unet2d,
     ),
     "unet2d_scalar_timestep": (
         "unet",
         "UNet2DModel",
-        {**_UNET, "down_block_types": ("DownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "UpBlock2D"), "attention_head_dim": 8},
+        {
+            **_UNET,
+            "down_block_types": ("DownBlock2D", "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", "UpBlock2D"),
+            "attention_head_dim": 8,
+        },
         _unet2d_scalar,
     ),
     "unet2d_condition": (
@@ -167,13 +168,30 @@ _MODELS: dict[str, tuple[str, str, dict[str, Any], Callable[[int, int | None], I
     "dit": (
         "diffusion transformer",
         "DiTTransformer2DModel",
-        {**_HEADS, "in_channels": 4, "out_channels": 8, "num_layers": 4, "sample_size": 8, "patch_size": 2, "num_embeds_ada_norm": 10, "norm_num_groups": 8},
+        {
+            **_HEADS,
+            "in_channels": 4,
+            "out_channels": 8,
+            "num_layers": 4,
+            "sample_size": 8,
+            "patch_size": 2,
+            "num_embeds_ada_norm": 10,
+            "norm_num_groups": 8,
+        },
         _dit,
     ),
     "pixart": (
         "diffusion transformer",
         "PixArtTransformer2DModel",
-        {**_HEADS, "num_layers": 4, "sample_size": 8, "patch_size": 2, "cross_attention_dim": 32, "caption_channels": 32, "use_additional_conditions": False},
+        {
+            **_HEADS,
+            "num_layers": 4,
+            "sample_size": 8,
+            "patch_size": 2,
+            "cross_attention_dim": 32,
+            "caption_channels": 32,
+            "use_additional_conditions": False,
+        },
         _pixart,
     ),
     "sd3": (
@@ -240,25 +258,6 @@ _MODELS: dict[str, tuple[str, str, dict[str, Any], Callable[[int, int | None], I
             "patch_size": 1,
         },
         _captioned,
-    ),
-    "hunyuan_dit": (
-        "diffusion transformer",
-        "HunyuanDiT2DModel",
-        {
-            **_HEADS,
-            "in_channels": 4,
-            "patch_size": 2,
-            "sample_size": 8,
-            "hidden_size": 32,
-            "num_layers": 4,
-            "mlp_ratio": 2.0,
-            "cross_attention_dim": 32,
-            "cross_attention_dim_t5": 24,
-            "pooled_projection_dim": 24,
-            "text_len": 6,
-            "text_len_t5": 5,
-        },
-        _hunyuan,
     ),
     "uvit2d": (
         "diffusion transformer",
@@ -347,7 +346,11 @@ def example_inputs(model: nn.Module, rows: int = 2) -> dict[str, Tensor]:
         raise InvalidInput(f"{type(model).__name__} does not declare sample_size and in_channels; pass an example instead.")
     height, width = size if isinstance(size, tuple | list) else (size, size)
     inputs = {image: torch.randn(rows, int(channels), int(height), int(width)), "timestep": _times(rows)}
-    width_ = getattr(config, "caption_channels", None) or getattr(config, "joint_attention_dim", None) or getattr(config, "cross_attention_dim", None)
+    width_ = (
+        getattr(config, "caption_channels", None)
+        or getattr(config, "joint_attention_dim", None)
+        or getattr(config, "cross_attention_dim", None)
+    )
     if "encoder_hidden_states" in names and isinstance(width_, int):
         inputs["encoder_hidden_states"] = torch.randn(rows, 8, width_)
     if "class_labels" in names and getattr(config, "num_embeds_ada_norm", None):

@@ -112,7 +112,7 @@ def split(graph_module: fx.GraphModule, at: Sequence[str], states: Mapping[str, 
         offered = {s for n in live_at(k - 1) for s in _sizes(n)}
         for size in _sizes_read(body, again):
             source = size.args[0] if size.target is torch.ops.aten.sym_size.int else None
-            if source is not None and (part[source] == k and source not in again or size.meta[_SHAPE] in offered):
+            if _is_fixed(size) or (source is not None and ((part[source] == k and source not in again) or size.meta[_SHAPE] in offered)):
                 continue
             for tensor in _tensor_sources(size):
                 if tensor in needed:
@@ -134,10 +134,7 @@ def split(graph_module: fx.GraphModule, at: Sequence[str], states: Mapping[str, 
         )
     for i, node in enumerate(flat):
         batch_dims[f"out{i}"] = _batch_dims(node, symbol) if isinstance(node, fx.Node) and _is_tensor(node) else ()
-    shapes = {
-        n.name: (_sizes(n), n.meta["val"].dtype)
-        for n in {n for boundary in live for n in boundary} | set(inputs)
-    }
+    shapes = {n.name: (_sizes(n), n.meta["val"].dtype) for n in {n for boundary in live for n in boundary} | set(inputs)}
     for path, node in hidden.items():
         if not shapes[node.name][0] or shapes[node.name][0][0] != symbol:
             raise NotCuttable(
@@ -163,7 +160,7 @@ def _name_sizes(nodes: Sequence[fx.Node], leaves: Sequence[Any], batch: int) -> 
             size = node.meta["val"].shape[0]
             if isinstance(size, torch.SymInt) and size.node.expr.is_symbol:
                 symbols.append(size.node.expr)
-            elif any(not user.target == torch.ops.aten.sym_size.int for user in node.users):
+            elif any(user.target != torch.ops.aten.sym_size.int for user in node.users):
                 fixed.append(node.name)
     if fixed or not symbols:
         raise NotCuttable(
@@ -203,6 +200,11 @@ def _is_size(node: fx.Node) -> bool:
     return node.op == "call_function" and isinstance(value, torch.SymInt | torch.SymBool | torch.SymFloat | int | float | bool)
 
 
+def _is_fixed(node: fx.Node) -> bool:
+    """A size that the exporter found to be one number for all inputs."""
+    return _is_size(node) and type(node.meta[_SHAPE]) is int
+
+
 def _paths(node: fx.Node) -> list[str]:
     return [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
 
@@ -220,7 +222,13 @@ def _mutated(node: fx.Node) -> list[fx.Node]:
     for index, argument in enumerate(schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             value = node.args[index] if index < len(node.args) else node.kwargs.get(argument.name)
-            found += [value] if isinstance(value, fx.Node) else [v for v in value if isinstance(v, fx.Node)] if isinstance(value, tuple | list) else []
+            found += (
+                [value]
+                if isinstance(value, fx.Node)
+                else [v for v in value if isinstance(v, fx.Node)]
+                if isinstance(value, tuple | list)
+                else []
+            )
     return found
 
 
@@ -263,16 +271,31 @@ def _size_derived(nodes: Sequence[fx.Node], symbol: Any) -> set[fx.Node]:
     root = _roots(nodes)
     written = {root.get(t, t) for n in nodes for t in _mutated(n)}
     found: set[fx.Node] = set()
+    constant: set[fx.Node] = set()
     for node in nodes:
         if _is_size(node):
             found.add(node)
-        elif node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
-            sources = node.all_input_nodes
-            if root[node] in written or node.target.overloadpacket in flop_registry or torch.Tag.nondeterministic_seeded in node.target.tags:
-                continue
-            if sources and all(s.op == "get_attr" or s in found for s in sources) and any(_on_batch(s, symbol) for s in sources if s in found):
-                if all(not _is_size(s) or not _data_dependent(s) for s in sources):
-                    found.add(node)
+            continue
+        if node.op == "get_attr":
+            constant.add(node)
+            continue
+        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        if root[node] in written or node.target.overloadpacket in flop_registry or torch.Tag.nondeterministic_seeded in node.target.tags:
+            continue
+        sources = node.all_input_nodes
+        if all(s in constant for s in sources):
+            constant.add(node)
+        elif all(s in constant or (s in found and not (_is_size(s) and _data_dependent(s))) for s in sources):
+            if any(_on_batch(s, symbol) for s in sources if s in found):
+                found.add(node)
+    # What the batch-made tensors are made of is made again with them; it is cheap, or it would not be here.
+    stack = [s for n in found for s in n.all_input_nodes]
+    while stack:
+        node = stack.pop()
+        if node in constant and node.op != "get_attr" and node not in found:
+            found.add(node)
+            stack += node.all_input_nodes
     return found
 
 
@@ -343,31 +366,57 @@ def _hidden_nodes(
     graph_module: fx.GraphModule, order: Mapping[fx.Node, int], ends: Mapping[str, int], states: Mapping[str, Tensor], leaves: Sequence[Any]
 ) -> dict[str, fx.Node]:
     """The node that is each module's output, found by value on the example: the last one inside it, else the last before its end."""
-    matches: dict[str, list[fx.Node]] = {path: [] for path in ends}
+    best: dict[str, tuple[tuple[bool, bool, float, int], fx.Node]] = {}
 
     class Finder(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
             value = super().run_node(n)
             if isinstance(value, Tensor) and n in order and n.op != "get_attr":
                 for path, state in states.items():
-                    if order[n] <= ends[path] and value.shape == state.shape and value.dtype == state.dtype and same(value, state):
-                        matches[path].append(n)
+                    if order[n] <= ends[path] and value.shape == state.shape and value.dtype == state.dtype and rounding(value, state):
+                        exact = same(value, state)
+                        rank = (exact, path in _paths(n), 0.0 if exact else -gap(value, state), order[n])
+                        if path not in best or rank > best[path][0]:
+                            best[path] = rank, n
             return value
 
     with torch.no_grad():
         Finder(graph_module).run(*(t.clone() if isinstance(t, Tensor) else t for t in leaves), enable_io_processing=False)
-    found = {}
-    for path, nodes in matches.items():
-        inside = [n for n in nodes if path in _paths(n)] or nodes
-        if not inside:
+    for path in ends:
+        if path not in best:
             raise NotCuttable(
                 f"No value in the exported graph equals the output of {path!r} in an ordinary forward. A model that is random in evaluation "
                 "mode cannot be cut.",
                 reason="mismatch",
                 path=path,
             )
-        found[path] = inside[-1]
-    return found
+    return {path: node for path, (_, node) in best.items()}
+
+
+def rounding(got: Tensor, want: Tensor, tolerance: float | None = None) -> bool:
+    """Equal up to rounding: other kernels, or the same for another batch size, sum in another order.
+
+    Args:
+        got: a tensor.
+        want: another.
+        tolerance: relative to the largest magnitude; by default 1e-4 in float32 and 5e-2 below.
+    """
+    if got.shape != want.shape or got.dtype != want.dtype:
+        return False
+    if not want.is_floating_point():
+        return torch.equal(got, want)
+    if tolerance is None:
+        tolerance = 1e-4 if torch.finfo(want.dtype).eps < 1e-4 else 5e-2
+    finite = want.float().nan_to_num(0.0, 0.0, 0.0)
+    scale = float(finite.abs().max().clamp_min(1e-6)) if want.numel() else 1.0
+    return torch.allclose(got.float(), want.float(), rtol=tolerance, atol=tolerance * scale, equal_nan=True)
+
+
+def gap(a: Any, b: Any) -> float:
+    """Largest difference of two tensors; infinite if they cannot be compared."""
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor) or a.shape != b.shape:
+        return float("inf")
+    return float((a.float() - b.float()).abs().max()) if a.numel() else 0.0
 
 
 def same(left: Any, right: Any) -> bool:
@@ -421,13 +470,12 @@ def _extract(
         seen.add(node)
         if node in offered:
             read.add(node)
-        elif node in again:
+        elif node in again and not _is_fixed(node):
             source = node.args[0] if node.target is torch.ops.aten.sym_size.int else None
-            if source is not None and source not in inside and source not in read and not isinstance(node.meta[_SHAPE], int):
-                if (given := provide(node)) is not None:
-                    provider[node] = given
-                    read.add(given[0])
-                    return
+            if source is not None and source not in inside and source not in read and (given := provide(node)) is not None:
+                provider[node] = given
+                read.add(given[0])
+                return
             for parent in node.all_input_nodes:
                 visit(parent)
 
@@ -436,13 +484,16 @@ def _extract(
             visit(source)
     graph = fx.Graph()
     inputs = sorted(read, key=offered.__getitem__)
-    mapped: dict[fx.Node, fx.Node] = {}
+    mapped: dict[fx.Node, Any] = {}
     for node in inputs:
         mapped[node] = graph.placeholder(node.name)
         mapped[node].meta = dict(node.meta)
 
-    def emit(node: fx.Node) -> fx.Node:
+    def emit(node: fx.Node) -> Any:
         if node in mapped:
+            return mapped[node]
+        if node in again and _is_fixed(node):
+            mapped[node] = node.meta[_SHAPE]
             return mapped[node]
         if node in provider:
             tensor, dim = provider[node]

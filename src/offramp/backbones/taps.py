@@ -89,7 +89,9 @@ class Taps:
         def record(module: nn.Module, args: Any, output: Any) -> Any:
             state = first_tensor(output)
             if state is None:
-                raise NotCuttable(f"The module at {path!r} returns no floating-point tensor for an exit to read.", reason="output", path=path)
+                raise NotCuttable(
+                    f"The module at {path!r} returns no floating-point tensor for an exit to read.", reason="output", path=path
+                )
             self._calls[path] = self._calls.get(path, 0) + 1
             changed = state if self._transform is None else self._transform(index, state)
             self._seen[path] = changed.clone() if self._copy else changed

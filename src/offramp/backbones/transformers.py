@@ -15,7 +15,7 @@ _VOCABULARY = 99
 _SMALL: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 64}
 _TEXT: dict[str, Any] = {**_SMALL, "vocab_size": _VOCABULARY, "max_position_embeddings": 64, "num_labels": 3}
 _IMAGE: dict[str, Any] = {**_SMALL, "image_size": 32, "patch_size": 8, "num_labels": 3}
-_STAGES: dict[str, Any] = {"depths": [1, 1, 2, 1], "hidden_sizes": [16, 24, 32, 48], "num_labels": 3}
+_STAGES: dict[str, Any] = {"depths": [1, 1, 2, 1], "hidden_sizes": [8, 16, 32, 64], "num_labels": 3}
 
 _TEXT_MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     # family: (model, configuration, its options)
@@ -25,7 +25,15 @@ _TEXT_MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "distilbert": (
         "DistilBertForSequenceClassification",
         "DistilBertConfig",
-        {"dim": 32, "n_layers": 4, "n_heads": 2, "hidden_dim": 64, "vocab_size": _VOCABULARY, "max_position_embeddings": 64, "num_labels": 3},
+        {
+            "dim": 32,
+            "n_layers": 4,
+            "n_heads": 2,
+            "hidden_dim": 64,
+            "vocab_size": _VOCABULARY,
+            "max_position_embeddings": 64,
+            "num_labels": 3,
+        },
     ),
     "albert": ("AlbertForSequenceClassification", "AlbertConfig", {**_TEXT, "embedding_size": 16}),
     "deberta_v2": (
@@ -41,23 +49,39 @@ _TEXT_MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
     "mpnet": ("MPNetForSequenceClassification", "MPNetConfig", _TEXT),
     "camembert": ("CamembertForSequenceClassification", "CamembertConfig", {**_TEXT, "pad_token_id": 1}),
-    "modernbert": ("ModernBertForSequenceClassification", "ModernBertConfig", {**_TEXT, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}),
+    "modernbert": (
+        "ModernBertForSequenceClassification",
+        "ModernBertConfig",
+        {**_TEXT, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2},
+    ),
     "convbert": ("ConvBertForSequenceClassification", "ConvBertConfig", {**_TEXT, "embedding_size": 16}),
     "squeezebert": ("SqueezeBertForSequenceClassification", "SqueezeBertConfig", {**_TEXT, "embedding_size": 32}),
     "layoutlm": ("LayoutLMForSequenceClassification", "LayoutLMConfig", _TEXT),
-    "nystromformer": ("NystromformerForSequenceClassification", "NystromformerConfig", {**_TEXT, "segment_means_seq_len": 64, "num_landmarks": 8}),
     "fnet": ("FNetForSequenceClassification", "FNetConfig", _TEXT),
     "funnel": (
         "FunnelForSequenceClassification",
         "FunnelConfig",
-        {"vocab_size": _VOCABULARY, "block_sizes": [2, 2], "num_decoder_layers": 1, "d_model": 32, "n_head": 2, "d_head": 16, "d_inner": 64, "num_labels": 3},
+        {
+            "vocab_size": _VOCABULARY,
+            "block_sizes": [2, 2],
+            "num_decoder_layers": 1,
+            "d_model": 32,
+            "n_head": 2,
+            "d_head": 16,
+            "d_inner": 64,
+            "num_labels": 3,
+        },
     ),
     "xlnet": (
         "XLNetForSequenceClassification",
         "XLNetConfig",
         {"vocab_size": _VOCABULARY, "d_model": 32, "n_layer": 4, "n_head": 2, "d_inner": 64, "num_labels": 3},
     ),
-    "t5_encoder": ("T5EncoderModel", "T5Config", {"vocab_size": _VOCABULARY, "d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 4, "num_heads": 2}),
+    "t5_encoder": (
+        "T5EncoderModel",
+        "T5Config",
+        {"vocab_size": _VOCABULARY, "d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 4, "num_heads": 2},
+    ),
     "clip_text": (
         "CLIPTextModel",
         "CLIPTextConfig",
@@ -66,7 +90,18 @@ _TEXT_MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gpt2": (
         "GPT2ForSequenceClassification",
         "GPT2Config",
-        {"vocab_size": _VOCABULARY, "n_positions": 64, "n_embd": 32, "n_layer": 4, "n_head": 2, "num_labels": 3, "pad_token_id": 0, "use_cache": False, "bos_token_id": 1, "eos_token_id": 2},
+        {
+            "vocab_size": _VOCABULARY,
+            "n_positions": 64,
+            "n_embd": 32,
+            "n_layer": 4,
+            "n_head": 2,
+            "num_labels": 3,
+            "pad_token_id": 0,
+            "use_cache": False,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
     ),
     "llama": (
         "LlamaForSequenceClassification",
@@ -112,25 +147,25 @@ _IMAGE_MODELS: dict[str, tuple[str, str, str, int, dict[str, Any]]] = {
         64,
         {"image_size": 64, "depths": [1, 1, 1, 1], "hidden_sizes": [16, 32, 48, 64], "num_attention_heads": [1, 2, 2, 4], "num_labels": 3},
     ),
-    "cvt": (
-        "hybrid",
-        "CvtForImageClassification",
-        "CvtConfig",
-        64,
-        {"embed_dim": [16, 24, 32], "num_heads": [1, 2, 2], "depth": [1, 1, 2], "num_labels": 3},
-    ),
     "levit": (
         "hybrid",
         "LevitForImageClassification",
         "LevitConfig",
         64,
-        {"image_size": 64, "hidden_sizes": [16, 32, 48], "num_attention_heads": [1, 2, 2], "depths": [2, 2, 2], "key_dim": [8, 8, 8], "num_labels": 3},
+        {
+            "image_size": 64,
+            "hidden_sizes": [16, 32, 48],
+            "num_attention_heads": [1, 2, 2],
+            "depths": [2, 2, 2],
+            "key_dim": [8, 8, 8],
+            "num_labels": 3,
+        },
     ),
     "convnext": ("cnn", "ConvNextForImageClassification", "ConvNextConfig", 64, _STAGES),
     "convnextv2": ("cnn", "ConvNextV2ForImageClassification", "ConvNextV2Config", 64, _STAGES),
     "resnet": ("cnn", "ResNetForImageClassification", "ResNetConfig", 64, {**_STAGES, "embedding_size": 16}),
     "regnet": ("cnn", "RegNetForImageClassification", "RegNetConfig", 64, {**_STAGES, "embedding_size": 16, "groups_width": 8}),
-    "bit": ("cnn", "BitForImageClassification", "BitConfig", 64, {**_STAGES, "hidden_sizes": [32, 64, 96, 128], "embedding_size": 32}),
+    "bit": ("cnn", "BitForImageClassification", "BitConfig", 64, {**_STAGES, "hidden_sizes": [128, 128, 256, 256], "embedding_size": 32}),
     "poolformer": ("mlp", "PoolFormerForImageClassification", "PoolFormerConfig", 64, _STAGES),
     "mobilenet_v2": ("cnn", "MobileNetV2ForImageClassification", "MobileNetV2Config", 64, {"depth_multiplier": 0.35, "num_labels": 3}),
     "yolos": (
@@ -140,8 +175,27 @@ _IMAGE_MODELS: dict[str, tuple[str, str, str, int, dict[str, Any]]] = {
         32,
         {**_SMALL, "image_size": [32, 32], "patch_size": 8, "num_detection_tokens": 5, "num_labels": 3},
     ),
-    "rt_detr_resnet": ("detection", "RTDetrResNetBackbone", "RTDetrResNetConfig", 64, {"depths": [1, 1, 2, 1], "hidden_sizes": [16, 24, 32, 48], "embedding_size": 16, "out_features": ["stage2", "stage3", "stage4"]}),
-    "dpt": ("dense", "DPTForDepthEstimation", "DPTConfig", 32, {**_SMALL, "image_size": 32, "patch_size": 8, "backbone_out_indices": [0, 1, 2, 3], "neck_hidden_sizes": [8, 16, 16, 32], "fusion_hidden_size": 16}),
+    "rt_detr_resnet": (
+        "detection",
+        "RTDetrResNetBackbone",
+        "RTDetrResNetConfig",
+        64,
+        {"depths": [1, 1, 2, 1], "hidden_sizes": [16, 24, 32, 48], "embedding_size": 16, "out_features": ["stage2", "stage3", "stage4"]},
+    ),
+    "dpt": (
+        "dense",
+        "DPTForDepthEstimation",
+        "DPTConfig",
+        32,
+        {
+            **_SMALL,
+            "image_size": 32,
+            "patch_size": 8,
+            "backbone_out_indices": [0, 1, 2, 3],
+            "neck_hidden_sizes": [8, 16, 16, 32],
+            "fusion_hidden_size": 16,
+        },
+    ),
 }
 
 
@@ -166,6 +220,13 @@ def _text(rows: int, length: int | None) -> Inputs:
     for row in range(rows):
         mask[row, size - row % 4 :] = 0
     return Inputs((), {"input_ids": ids, "attention_mask": mask})
+
+
+_MASKLESS = ("fnet",)  # mixes tokens by Fourier transforms and takes no mask
+
+
+def _ids(rows: int, length: int | None) -> Inputs:
+    return Inputs((), {"input_ids": _text(rows, length).kwargs["input_ids"]})
 
 
 def _images(size: int) -> Callable[[int, int | None], Inputs]:
@@ -251,7 +312,9 @@ def _other_families() -> list[Family]:
         backbone = library.ResNetConfig(**{**_STAGES, "embedding_size": 16, "out_features": ["stage4"]})
         options = {"encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
         widths = {"d_model": 32, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "num_queries": 5, "num_labels": 3}
-        config = library.DetrConfig(use_timm_backbone=False, use_pretrained_backbone=False, backbone=None, backbone_config=backbone, **options, **widths)
+        config = library.DetrConfig(
+            use_timm_backbone=False, use_pretrained_backbone=False, backbone=None, backbone_config=backbone, **options, **widths
+        )
         made: nn.Module = library.DetrForObjectDetection(config)
         return made
 
@@ -273,7 +336,11 @@ def _other_families() -> list[Family]:
         Family(
             "transformers/timesformer",
             "video",
-            _builder("TimesformerForVideoClassification", "TimesformerConfig", {**_SMALL, "image_size": 16, "patch_size": 8, "num_frames": 4, "num_labels": 3}),
+            _builder(
+                "TimesformerForVideoClassification",
+                "TimesformerConfig",
+                {**_SMALL, "image_size": 16, "patch_size": 8, "num_frames": 4, "num_labels": 3},
+            ),
             videos,
         ),
     ]
@@ -281,7 +348,10 @@ def _other_families() -> list[Family]:
 
 def families() -> list[Family]:
     """Small random models over transformers' encoder, vision, audio and detection families."""
-    text = [Family(f"transformers/{n}", "text", _builder(*spec), _text, lengths=(9, 17)) for n, spec in _TEXT_MODELS.items()]
+    text = [
+        Family(f"transformers/{n}", "text", _builder(*spec), _ids if n in _MASKLESS else _text, lengths=(9, 17))
+        for n, spec in _TEXT_MODELS.items()
+    ]
     image = [
         Family(f"transformers/{n}", kind, _builder(model, configuration, options), _images(size))
         for n, (kind, model, configuration, size, options) in _IMAGE_MODELS.items()
