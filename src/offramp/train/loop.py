@@ -304,7 +304,7 @@ class _Run:
         self._check_finite(dict(zip(names, means, strict=True)), used, optimizer)
         norm = None
         if self.settings.max_grad_norm is not None:
-            norm = float(accelerator.clip_grad_norm_(parameters, self.settings.max_grad_norm))
+            norm = self._clip(model, parameters, self.settings.max_grad_norm)
             if not math.isfinite(norm) and accelerator.scaler is None:
                 optimizer.zero_grad(set_to_none=True)
                 raise NonFiniteLoss(
@@ -471,6 +471,16 @@ class _Run:
             recipe.module.train()
         for module in self.keep_eval:
             module.eval()
+
+    def _clip(self, model: nn.Module, parameters: list[nn.Parameter], limit: float) -> float:
+        """Clip the gradient and return its norm before."""
+        if not self.sharded:
+            return float(self.accelerator.clip_grad_norm_(parameters, limit))
+        # Sharding replaced the parameters, and accelerate finds its own only by comparing tensors.
+        self.accelerator.unscale_gradients()
+        own = getattr(model, "clip_grad_norm_", None)  # FSDP 1
+        norm = own(limit) if own is not None else torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
+        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
     def _check_finite(self, means: Mapping[str, float], used: list[bool], optimizer: Any) -> None:
         bad = tuple(n for n, u in zip(self.net.names, used, strict=True) if u and not math.isfinite(means[n]))
