@@ -18,12 +18,21 @@ from offramp.core.system import Card, System
 from offramp.network import attach
 
 sys.path.insert(0, str(Path(__file__).parent))
-from cases import CASES, Case  # noqa: E402
+from cases import CASES, Case
 
 NAMES = systems.list_systems()
 CONFIGS = Path(__file__).resolve().parents[2] / "benchmarks" / "configs"
 METRICS = {"accuracy", "drop", "gain_over_fixed", "gain_over_random", "gain_over_static", "excess"}
-AXIS_OF = {"rule": "rule", "score": "rule", "head": "head", "axis": "placement", "train": "recipe", "calibrate": "calibrator", "fill": "fill", "draft": "draft"}
+AXIS_OF = {
+    "rule": "rule",
+    "score": "rule",
+    "head": "head",
+    "axis": "placement",
+    "train": "recipe",
+    "calibrate": "calibrator",
+    "fill": "fill",
+    "draft": "draft",
+}
 """What cards call an axis, and the field of a system it is."""
 
 

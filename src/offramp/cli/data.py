@@ -23,216 +23,34 @@ from __future__ import annotations
 
 import csv
 import gzip
-import importlib
 import io
-import json
 import lzma
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from offramp.core.errors import InvalidInput, MissingExtra
+from offramp.cli.records import Images, Records, Texts, optional, pad_batch
+from offramp.cli.tokens import tokenizer, words
+from offramp.core.errors import InvalidInput
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff"})
 SPLIT_NAMES = ("train", "training", "val", "valid", "validation", "dev", "calibration", "test", "testing")
 LABEL_COLUMNS = ("label", "labels", "class", "target", "y")
-PAIR_COLUMNS = (("premise", "hypothesis"), ("sentence1", "sentence2"), ("text_a", "text_b"), ("question1", "question2"), ("question", "sentence"))
+PAIR_COLUMNS = (
+    ("premise", "hypothesis"),
+    ("sentence1", "sentence2"),
+    ("text_a", "text_b"),
+    ("question1", "question2"),
+    ("question", "sentence"),
+)
 TEXT_COLUMNS = ("text", "sentence", "review", "content", "document")
 IMAGE_COLUMNS = ("image", "img", "picture")
-
-
-def optional(module: str, extra: str, purpose: str) -> Any:
-    """Import an optional dependency.
-
-    Raises:
-        MissingExtra: it is not installed.
-    """
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise MissingExtra(module.partition(".")[0], extra, purpose) from error
-
-
-@dataclass(frozen=True)
-class Images:
-    """How images become tensors ``[C, H, W]``.
-
-    Attributes:
-        size: height and width; ``None`` keeps the size (all must then agree).
-        mean: subtracted per channel after scaling to [0, 1]; ``None`` = 0.
-        std: divided by per channel; ``None`` = 1.
-        channels: 1 or 3; ``None`` keeps what the data have (3 for image files).
-        crop: share of the shorter side that is kept by a centre crop when resizing, in (0, 1]; the aspect ratio is kept. ``None``
-            stretches to ``size``.
-    """
-
-    size: tuple[int, int] | None = None
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-    channels: int | None = None
-    crop: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.std is not None and min(self.std) <= 0:
-            raise InvalidInput(f"std must be positive, got {self.std}.")
-        if self.crop is not None and not 0 < self.crop <= 1:
-            raise InvalidInput(f"crop must lie in (0, 1], got {self.crop}.")
-
-    def picture(self, image: Any) -> Tensor:
-        """Tensor of a Pillow image."""
-        modules = optional("PIL.Image", "timm", "Reading images")
-        image = image.convert("L" if self.channels == 1 else "RGB")
-        if self.size is not None:
-            height, width = self.size
-            if self.crop is not None:
-                scale = max(height / image.height, width / image.width) / self.crop
-                image = image.resize((max(width, round(image.width * scale)), max(height, round(image.height * scale))), modules.Resampling.BICUBIC)
-                left, top = (image.width - width) // 2, (image.height - height) // 2
-                image = image.crop((left, top, left + width, top + height))
-            elif (image.height, image.width) != (height, width):
-                image = image.resize((width, height), modules.Resampling.BICUBIC)
-        array = np.asarray(image, dtype=np.uint8)
-        return self.array(torch.from_numpy(array.copy()).reshape(array.shape[0], array.shape[1], -1).movedim(-1, 0))
-
-    def array(self, image: Tensor) -> Tensor:
-        """Tensor of an array ``[C, H, W]``: scaled, channels matched, resized, normalised."""
-        out = image.float() / 255 if image.dtype == torch.uint8 else image.float()
-        if self.channels == 3 and out.shape[0] == 1:
-            out = out.expand(3, -1, -1)
-        elif self.channels == 1 and out.shape[0] == 3:
-            out = out.mean(0, keepdim=True)
-        if self.size is not None and tuple(out.shape[1:]) != self.size:
-            out = torch.nn.functional.interpolate(out[None], self.size, mode="bilinear", antialias=True, align_corners=False)[0]
-        for given, name in ((self.mean, "mean"), (self.std, "std")):
-            if given is not None and len(given) not in (1, out.shape[0]):
-                raise InvalidInput(f"{name} has {len(given)} values for images with {out.shape[0]} channels.")
-        if self.mean is not None:
-            out = out - torch.tensor(self.mean).reshape(-1, 1, 1)
-        if self.std is not None:
-            out = out / torch.tensor(self.std).reshape(-1, 1, 1)
-        return out.contiguous()
-
-
-@dataclass(frozen=True)
-class Texts:
-    """How texts become tensors.
-
-    Attributes:
-        tokenize: list of texts, or of pairs, to a mapping of lists of integers per text (``input_ids`` and so on).
-        pad: value that fills each of these up to the longest text of a batch, by name.
-    """
-
-    tokenize: Callable[[Sequence[Any]], Mapping[str, Sequence[Sequence[int]]]]
-    pad: Mapping[str, int] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Records(Dataset[tuple[Any, Tensor]]):
-    """A data set as read: inputs by index, labels, class names.
-
-    Attributes:
-        kind: ``image``, ``array`` or ``text``.
-        source: where it came from, for messages.
-        fetch: row to input: a float tensor, or a mapping of integer tensors for text.
-        raw: row to something a person can look at: a text, or a ``uint8`` image.
-        rows: rows of the source that belong to this data set, in order.
-        labels: class index of each of ``rows`` (int64), or ``None``.
-        classes: names of the classes.
-        pad: fill values of text.
-    """
-
-    kind: str
-    source: str
-    fetch: Callable[[int], Any]
-    raw: Callable[[int], Any]
-    rows: Tensor
-    labels: Tensor | None
-    classes: tuple[str, ...]
-    pad: Mapping[str, int] = field(default_factory=dict)
-
-    def __len__(self) -> int:
-        return int(self.rows.numel())
-
-    def __getitem__(self, index: int) -> tuple[Any, Tensor]:
-        label = torch.tensor(-1) if self.labels is None else self.labels[index]
-        return self.fetch(int(self.rows[index])), label
-
-    def subset(self, keep: Tensor) -> Records:
-        """The same for some positions (int64)."""
-        return replace(self, rows=self.rows[keep], labels=None if self.labels is None else self.labels[keep])
-
-    def part(self, start: float, stop: float, seed: int = 0) -> Records:
-        """Items between two fractions of one fixed random order, so that ``0:0.6``, ``0.6:0.8`` and ``0.8:1`` do not overlap.
-
-        Raises:
-            InvalidInput: the fractions are not ``0 <= start < stop <= 1`` or the part is empty.
-        """
-        if not 0 <= start < stop <= 1:
-            raise InvalidInput(f"A part is START:STOP with 0 <= START < STOP <= 1, got {start:g}:{stop:g}.")
-        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
-        keep = order[round(start * len(self)) : round(stop * len(self))].sort().values
-        if not keep.numel():
-            raise InvalidInput(f"The part {start:g}:{stop:g} of {self.source} ({len(self)} items) is empty.")
-        return self.subset(keep)
-
-    def check_labels(self, num_outputs: int) -> None:
-        """Compare the labels with the width of a model's answer.
-
-        Raises:
-            InvalidInput: a label is out of range; the error names the row.
-        """
-        if self.labels is None:
-            return
-        bad = torch.nonzero((self.labels < 0) | (self.labels >= num_outputs))
-        if bad.numel():
-            row = int(bad[0])
-            raise InvalidInput(
-                f"{self.source}: row {int(self.rows[row])} has label {int(self.labels[row])}, but the model answers with {num_outputs} classes "
-                f"(0 to {num_outputs - 1}). Give the right --num-classes, or correct the label."
-            )
-
-    def collate(self, batch: Sequence[tuple[Any, Tensor]]) -> Any:
-        """One batch: ``(inputs, labels)``, or the inputs alone where there are no labels."""
-        inputs: Any = [item for item, _ in batch]
-        if self.kind == "text":
-            inputs = pad_batch(inputs, self.pad)
-        else:
-            shapes = {tuple(i.shape) for i in inputs}
-            if len(shapes) > 1:
-                raise InvalidInput(f"{self.source}: images of different sizes {sorted(shapes)[:4]} cannot form a batch. Give --image-size.")
-            inputs = torch.stack(inputs)
-        return inputs if self.labels is None else (inputs, torch.stack([label for _, label in batch]))
-
-    def loader(self, batch_size: int, *, shuffle: bool = False, workers: int = 0) -> DataLoader[Any]:
-        """Batches of this data set."""
-        if batch_size < 1:
-            raise InvalidInput(f"The batch size must be at least 1, got {batch_size}.")
-        return DataLoader(self, batch_size, shuffle=shuffle, num_workers=workers, collate_fn=self.collate)
-
-    def inputs(self, rows: int) -> Any:
-        """A batch of the first rows' inputs, to shape a network by."""
-        batch = self.collate([self[i] for i in range(min(rows, len(self)))])
-        return batch if self.labels is None else batch[0]
-
-
-def pad_batch(items: Sequence[Mapping[str, Tensor]], pad: Mapping[str, int]) -> dict[str, Tensor]:
-    """Integer vectors of different lengths to ``[B, longest]`` per name."""
-    longest = max(len(next(iter(i.values()))) for i in items)
-    out = {}
-    for name in items[0]:
-        block = torch.full((len(items), longest), pad.get(name, 0), dtype=torch.long)
-        for row, item in enumerate(items):
-            block[row, : len(item[name])] = item[name]
-        out[name] = block
-    return out
 
 
 def read(
@@ -269,7 +87,9 @@ def read(
         siblings = sorted(p.name for p in path.parent.iterdir())[:8] if path.parent.is_dir() else []
         beside = f" {path.parent} holds: {', '.join(siblings)}." if siblings else ""
         raise InvalidInput(f"No file or folder at {path}.{beside}")
-    options = _Options(spec, split, images or Images(), texts, tuple(text_columns), label_column, tuple(classes), labels_needed, tuple(names))
+    options = _Options(
+        spec, split, images or Images(), texts, tuple(text_columns), label_column, tuple(classes), labels_needed, tuple(names)
+    )
     if path.is_dir():
         if any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json", "state.json")):
             return _saved_dataset(path, options)
@@ -281,7 +101,9 @@ def read(
         suffixes = suffixes[:-1]
     if suffixes[-1:] and suffixes[-1] in (".csv", ".tsv", ".parquet"):
         return _table(path, suffixes[-1], options)
-    raise InvalidInput(f"{path}: unknown kind of data. Known: a folder of images, .npz, .csv, .tsv, .parquet, a folder written by Dataset.save_to_disk.")
+    raise InvalidInput(
+        f"{path}: unknown kind of data. Known: a folder of images, .npz, .csv, .tsv, .parquet, a folder written by Dataset.save_to_disk."
+    )
 
 
 @dataclass(frozen=True)
@@ -346,7 +168,15 @@ def _labelled(values: Sequence[Any] | None, options: _Options, default: Sequence
     return encode_labels(values, options.classes or default, options.source)
 
 
-def _finish(kind: str, count: int, fetch: Callable[[int], Any], raw: Callable[[int], Any], labels: Tensor | None, classes: tuple[str, ...], options: _Options) -> Records:
+def _finish(
+    kind: str,
+    count: int,
+    fetch: Callable[[int], Any],
+    raw: Callable[[int], Any],
+    labels: Tensor | None,
+    classes: tuple[str, ...],
+    options: _Options,
+) -> Records:
     if count == 0:
         raise InvalidInput(f"{options.source} holds no items.")
     if labels is not None and labels.numel() != count:
@@ -379,12 +209,22 @@ def _image_folder(path: Path, options: _Options) -> Records:
     if not files:
         files = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
         if files and options.labels_needed:
-            raise InvalidInput(f"{path} holds {len(files)} images but no class folders, so there are no labels. Sort the images into one folder per class.")
+            raise InvalidInput(
+                f"{path} holds {len(files)} images but no class folders, so there are no labels. Sort the images into one folder per class."
+            )
         labels = None
     if not files:
         raise InvalidInput(f"{path} holds no images. Expected class folders with files ending in {', '.join(sorted(IMAGE_SUFFIXES))}.")
     index, classes = _labelled(labels, options, [p.name for p in folders] if labels is not None else ())
-    return _finish("image", len(files), lambda row: options.images.picture(_open(files[row])), lambda row: np.asarray(_open(files[row])), index, classes, options)
+    return _finish(
+        "image",
+        len(files),
+        lambda row: options.images.picture(_open(files[row])),
+        lambda row: np.asarray(_open(files[row])),
+        index,
+        classes,
+        options,
+    )
 
 
 def _open(file: Path | io.BytesIO, name: str = "") -> Any:
@@ -410,7 +250,8 @@ def _arrays(path: Path, options: _Options) -> Records:
             raise InvalidInput(f"{options.source}: give at most two keys, x_key,y_key.")
         suffix = "" if options.split is None else f"_{options.split}"
         if options.keys:
-            x_key, y_key = options.keys[0], options.keys[1] if len(options.keys) == 2 else None
+            x_key: str | None = options.keys[0]
+            y_key = options.keys[1] if len(options.keys) == 2 else None
         else:
             x_key = _first(held, [f"{n}{suffix}" for n in ("x", "X", "images", "data", "jpg", "png", "webp")])
             y_key = _first(held, [f"{n}{suffix}" for n in ("y", "labels", "label", "targets")])
@@ -424,7 +265,9 @@ def _arrays(path: Path, options: _Options) -> Records:
                 + "."
             )
         if y_key is None and options.labels_needed:
-            raise InvalidInput(f"{path} has no labels named y{suffix}; it holds: {', '.join(held)}. Choose with {path.name}::{x_key},y_key.")
+            raise InvalidInput(
+                f"{path} has no labels named y{suffix}; it holds: {', '.join(held)}. Choose with {path.name}::{x_key},y_key."
+            )
         try:
             x = archive[x_key]
             y = None if y_key is None else archive[y_key]
@@ -433,7 +276,9 @@ def _arrays(path: Path, options: _Options) -> Records:
             if x.ndim == 1 and x.dtype == np.uint8:
                 off_key = "_".join(["off", *x_key.split("_")[1:]])
                 if off_key not in held:
-                    raise InvalidInput(f"{path}: {x_key!r} holds encoded images but their offsets {off_key!r} are missing; it holds: {', '.join(held)}.")
+                    raise InvalidInput(
+                        f"{path}: {x_key!r} holds encoded images but their offsets {off_key!r} are missing; it holds: {', '.join(held)}."
+                    )
                 offsets = archive[off_key]
         except ValueError as error:  # pickled objects are refused by numpy; InvalidInput is a ValueError of ours
             if isinstance(error, InvalidInput):
@@ -451,7 +296,9 @@ def _arrays(path: Path, options: _Options) -> Records:
     if x.dtype.kind == "f":
         finite = np.isfinite(x).reshape(len(x), -1).all(1)
         if not finite.all():
-            raise InvalidInput(f"{path}: row {int(np.argmin(finite))} of {x_key!r} holds NaN or infinity ({int((~finite).sum())} rows do). Clean the data.")
+            raise InvalidInput(
+                f"{path}: row {int(np.argmin(finite))} of {x_key!r} holds NaN or infinity ({int((~finite).sum())} rows do). Clean the data."
+            )
     if x.ndim < 2:
         raise InvalidInput(f"{path}: {x_key!r} must be [items, ...], its shape is {x.shape}.")
     if x.ndim == 3 and x.dtype == np.uint8:
@@ -459,18 +306,41 @@ def _arrays(path: Path, options: _Options) -> Records:
     elif x.ndim == 4 and x.shape[-1] in (1, 3) and x.shape[1] not in (1, 3):
         x = np.moveaxis(x, -1, 1)
     if x.ndim == 4 and x.shape[1] in (1, 3):
-        return _finish("image", len(x), lambda row: options.images.array(torch.from_numpy(x[row].copy())), lambda row: np.moveaxis(x[row], 0, -1), labels, classes, options)
+        return _finish(
+            "image",
+            len(x),
+            lambda row: options.images.array(torch.from_numpy(x[row].copy())),
+            lambda row: np.moveaxis(x[row], 0, -1),
+            labels,
+            classes,
+            options,
+        )
     return _finish("array", len(x), lambda row: torch.from_numpy(x[row].copy()).float(), lambda row: x[row], labels, classes, options)
 
 
-def _encoded(path: Path, data: np.ndarray, offsets: np.ndarray, labels: Tensor | None, classes: tuple[str, ...], options: _Options) -> Records:
-    if offsets.ndim != 1 or offsets.dtype.kind not in "iu" or np.any(np.diff(offsets.astype(np.int64)) <= 0) or int(offsets[-1]) > len(data):
+def _encoded(
+    path: Path, data: np.ndarray, offsets: np.ndarray, labels: Tensor | None, classes: tuple[str, ...], options: _Options
+) -> Records:
+    if (
+        offsets.ndim != 1
+        or offsets.dtype.kind not in "iu"
+        or np.any(np.diff(offsets.astype(np.int64)) <= 0)
+        or int(offsets[-1]) > len(data)
+    ):
         raise InvalidInput(f"{path}: the offsets must be ascending integers that end within the {len(data)} bytes of the images.")
 
     def image(row: int) -> Any:
         return _open(io.BytesIO(data[int(offsets[row]) : int(offsets[row + 1])].tobytes()), f"{path}, image {row}")
 
-    return _finish("image", len(offsets) - 1, lambda row: options.images.picture(image(row)), lambda row: np.asarray(image(row)), labels, classes, options)
+    return _finish(
+        "image",
+        len(offsets) - 1,
+        lambda row: options.images.picture(image(row)),
+        lambda row: np.asarray(image(row)),
+        labels,
+        classes,
+        options,
+    )
 
 
 def _first(held: Sequence[str], wanted: Sequence[str]) -> str | None:
@@ -563,12 +433,16 @@ def _choose_columns(held: list[str], options: _Options) -> tuple[list[str], str 
         single = _first(held, TEXT_COLUMNS)
         text = list(pair) if pair else [single] if single else []
     if label is None and options.labels_needed:
-        raise InvalidInput(f"{options.source} has no column named {' or '.join(LABEL_COLUMNS)}; it has: {', '.join(held)}. Choose with --label-column.")
+        raise InvalidInput(
+            f"{options.source} has no column named {' or '.join(LABEL_COLUMNS)}; it has: {', '.join(held)}. Choose with --label-column."
+        )
     for name in [*text, *([label] if label else [])]:
         if name not in held:
             raise InvalidInput(f"{options.source} has no column {name!r}; it has: {', '.join(held)}.")
     if not 1 <= len(text) <= 2:
-        raise InvalidInput(f"{options.source}: cannot tell the text column among: {', '.join(held)}. Choose one, or two for pairs, with --text-column.")
+        raise InvalidInput(
+            f"{options.source}: cannot tell the text column among: {', '.join(held)}. Choose one, or two for pairs, with --text-column."
+        )
     return text, label
 
 
@@ -589,7 +463,11 @@ def _saved_dataset(path: Path, options: _Options) -> Records:
     elif options.split is not None:
         raise InvalidInput(f"{path} is a single data set without splits; drop --split {options.split}.")
     held = list(loaded.column_names)
-    picture = _first(held, IMAGE_COLUMNS) if not options.keys else (options.keys[0] if isinstance(loaded.features.get(options.keys[0]), datasets.Image) else None)
+    picture = (
+        _first(held, IMAGE_COLUMNS)
+        if not options.keys
+        else (options.keys[0] if isinstance(loaded.features.get(options.keys[0]), datasets.Image) else None)
+    )
     label = options.label_column or (options.keys[-1] if len(options.keys) > 1 else _first(held, LABEL_COLUMNS))
     names = list(getattr(loaded.features.get(label), "names", None) or []) if label else []
     if picture is None:
@@ -604,90 +482,9 @@ def _saved_dataset(path: Path, options: _Options) -> Records:
         except (OSError, ValueError, SyntaxError) as error:
             raise InvalidInput(f"{path}: image {row} is not readable ({error}).") from error
 
-    return _finish("image", len(loaded), lambda row: options.images.picture(image(row)), lambda row: np.asarray(image(row)), labels, classes, options)
+    return _finish(
+        "image", len(loaded), lambda row: options.images.picture(image(row)), lambda row: np.asarray(image(row)), labels, classes, options
+    )
 
 
-# Tokenizers
-
-
-def tokenizer(spec: str, max_length: int = 128) -> Texts:
-    """A tokenizer from a folder or hub name of transformers, or from one ``tokenizer.json``.
-
-    Args:
-        spec: folder, hub name, or a file ending in ``.json``.
-        max_length: texts are cut to this many tokens.
-
-    Raises:
-        InvalidInput: it cannot be loaded.
-        MissingExtra: transformers or tokenizers is not installed.
-    """
-    if max_length < 1:
-        raise InvalidInput(f"max_length must be at least 1, got {max_length}.")
-    if spec.endswith(".json"):
-        return _tokenizer_file(Path(spec), max_length)
-    transformers = optional("transformers", "hf", f"The tokenizer {spec}")
-    try:
-        loaded = transformers.AutoTokenizer.from_pretrained(spec)
-    except (OSError, ValueError, KeyError) as error:
-        raise InvalidInput(f"No tokenizer could be loaded from {spec}: {str(error).splitlines()[0]}") from error
-    pad = loaded.pad_token_id if loaded.pad_token_id is not None else 0
-
-    def tokenize(items: Sequence[Any]) -> Mapping[str, Sequence[Sequence[int]]]:
-        pairs = bool(items) and isinstance(items[0], tuple)
-        first = [i[0] for i in items] if pairs else list(items)
-        encoded = loaded(first, [i[1] for i in items] if pairs else None, truncation=True, max_length=max_length)
-        return {name: encoded[name] for name in encoded}
-
-    return Texts(tokenize, {"input_ids": pad})
-
-
-def _tokenizer_file(path: Path, max_length: int) -> Texts:
-    module = optional("tokenizers", "hf", f"The tokenizer {path}")
-    if not path.is_file():
-        raise InvalidInput(f"No tokenizer file at {path}.")
-    try:
-        json.loads(path.read_text(encoding="utf-8"))
-        loaded = module.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception for a foreign file
-        raise InvalidInput(f"{path} is not a tokenizer file: {error}") from error
-    loaded.enable_truncation(max_length)
-    loaded.no_padding()
-    pad = next((i for i in (loaded.token_to_id(t) for t in ("[PAD]", "<pad>", "<|endoftext|>")) if i is not None), 0)
-
-    def tokenize(items: Sequence[Any]) -> Mapping[str, Sequence[Sequence[int]]]:
-        encoded = loaded.encode_batch(list(items))
-        out = {"input_ids": [e.ids for e in encoded], "attention_mask": [e.attention_mask for e in encoded]}
-        if items and isinstance(items[0], tuple):
-            out["token_type_ids"] = [e.type_ids for e in encoded]
-        return out
-
-    return Texts(tokenize, {"input_ids": pad})
-
-
-_WORD = re.compile(r"[a-z0-9']+|[^\sa-z0-9']")
-
-
-def words(texts: Sequence[str], size: int = 8000, max_length: int = 64) -> Texts:
-    """A tokenizer made on the spot: lower-cased words, the most frequent ``size`` of ``texts``; 0 pads, 1 begins, 2 is unknown, 3 separates.
-
-    Needs no package, which suits a model that is trained from scratch.
-    """
-    counts: dict[str, int] = {}
-    for text in texts:
-        for word in _WORD.findall(text.lower()):
-            counts[word] = counts.get(word, 0) + 1
-    ranked = sorted(counts, key=lambda w: (-counts[w], w))[: max(0, size - 4)]
-    index = {word: i + 4 for i, word in enumerate(ranked)}
-
-    def ids(item: Any) -> list[int]:
-        parts = item if isinstance(item, tuple) else (item,)
-        out = [1]
-        for number, part in enumerate(parts):
-            out += ([3] if number else []) + [index.get(w, 2) for w in _WORD.findall(part.lower())]
-        return out[:max_length]
-
-    def tokenize(items: Sequence[Any]) -> Mapping[str, Sequence[Sequence[int]]]:
-        rows = [ids(item) for item in items]
-        return {"input_ids": rows, "attention_mask": [[1] * len(r) for r in rows]}
-
-    return Texts(tokenize, {"input_ids": 0})
+__all__ = ["Images", "Records", "Texts", "encode_labels", "optional", "pad_batch", "read", "tokenizer", "words"]

@@ -80,7 +80,9 @@ def load_weights(model: nn.Module, path: Path) -> None:
     if not path.is_file():
         raise InvalidInput(f"No weights at {path}.")
     if path.suffix != ".safetensors":
-        raise InvalidInput(f"{path}: weights are read from .safetensors files only. Convert with safetensors.torch.save_file(model.state_dict(), ...).")
+        raise InvalidInput(
+            f"{path}: weights are read from .safetensors files only. Convert with safetensors.torch.save_file(model.state_dict(), ...)."
+        )
     try:
         state = load_file(path)
     except (SafetensorError, OSError, ValueError) as error:

@@ -90,7 +90,9 @@ class TextTransformer(nn.Module):
         dropout: share of embedding values dropped in training.
     """
 
-    def __init__(self, vocabulary: int, classes: int, depth: int, width: int = 128, heads: int = 4, length: int = 64, dropout: float = 0.1) -> None:
+    def __init__(
+        self, vocabulary: int, classes: int, depth: int, width: int = 128, heads: int = 4, length: int = 64, dropout: float = 0.1
+    ) -> None:
         super().__init__()
         if width % heads or depth < 1:
             raise InvalidInput(f"width {width} must be a multiple of heads {heads}, and depth {depth} positive.")

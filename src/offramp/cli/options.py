@@ -66,9 +66,13 @@ def size(text: str | None) -> tuple[int, int] | None:
 class ModelFlags:
     """Which model."""
 
-    model: Annotated[str, typer.Option(help="timm:NAME, hf:PATH[:CLASS], python:module:function or python:file.py:function.", rich_help_panel=MODEL)]
+    model: Annotated[
+        str, typer.Option(help="timm:NAME, hf:PATH[:CLASS], python:module:function or python:file.py:function.", rich_help_panel=MODEL)
+    ]
     weights: Annotated[Path | None, typer.Option(help="Weights to load into it, a .safetensors file.", rich_help_panel=MODEL)] = None
-    num_classes: Annotated[int | None, typer.Option(min=1, help="Width of its answer; by default the number of classes in the data.", rich_help_panel=MODEL)] = None
+    num_classes: Annotated[
+        int | None, typer.Option(min=1, help="Width of its answer; by default the number of classes in the data.", rich_help_panel=MODEL)
+    ] = None
     pretrained: Annotated[bool, typer.Option("--pretrained", help="Fetch timm's trained weights.", rich_help_panel=MODEL)] = False
 
 
@@ -76,17 +80,33 @@ class ModelFlags:
 class DataFlags:
     """Which items, and how they become tensors."""
 
-    data: Annotated[str, typer.Option(help="Image folder, .npz, .csv, .tsv, .parquet or a saved data set; PATH::key,key picks arrays or columns.", rich_help_panel=DATA)]
+    data: Annotated[
+        str,
+        typer.Option(
+            help="Image folder, .npz, .csv, .tsv, .parquet or a saved data set; PATH::key,key picks arrays or columns.",
+            rich_help_panel=DATA,
+        ),
+    ]
     split: Annotated[str | None, typer.Option(help="A split inside it, such as train.", rich_help_panel=DATA)] = None
-    part: Annotated[str, typer.Option(help="Items between two fractions of one fixed random order, such as 0:0.6.", rich_help_panel=DATA)] = "0:1"
+    part: Annotated[
+        str, typer.Option(help="Items between two fractions of one fixed random order, such as 0:0.6.", rich_help_panel=DATA)
+    ] = "0:1"
     part_seed: Annotated[int, typer.Option(help="Seed of that order.", rich_help_panel=DATA)] = 0
     label_column: Annotated[str | None, typer.Option(help="Column of the label.", rich_help_panel=DATA)] = None
     text_column: Annotated[list[str] | None, typer.Option(help="Column of the text; twice for pairs.", rich_help_panel=DATA)] = None
-    classes: Annotated[list[str] | None, typer.Option(help="Class names in the order of the answers; by default sorted.", rich_help_panel=DATA)] = None
-    tokenizer: Annotated[str | None, typer.Option(help="Folder, hub name or tokenizer.json; by default the hf model's own.", rich_help_panel=DATA)] = None
+    classes: Annotated[
+        list[str] | None, typer.Option(help="Class names in the order of the answers; by default sorted.", rich_help_panel=DATA)
+    ] = None
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Folder, hub name or tokenizer.json; by default the hf model's own.", rich_help_panel=DATA)
+    ] = None
     max_length: Annotated[int, typer.Option(min=1, help="Tokens that are kept of a text.", rich_help_panel=DATA)] = 128
-    image_size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH or one number; by default what the model was made for.", rich_help_panel=DATA)] = None
-    mean: Annotated[str | None, typer.Option(help="Subtracted per channel, such as 0.5,0.5,0.5; by default the model's.", rich_help_panel=DATA)] = None
+    image_size: Annotated[
+        str | None, typer.Option(help="HEIGHTxWIDTH or one number; by default what the model was made for.", rich_help_panel=DATA)
+    ] = None
+    mean: Annotated[
+        str | None, typer.Option(help="Subtracted per channel, such as 0.5,0.5,0.5; by default the model's.", rich_help_panel=DATA)
+    ] = None
     std: Annotated[str | None, typer.Option(help="Divided by per channel; by default the model's.", rich_help_panel=DATA)] = None
     channels: Annotated[int | None, typer.Option(min=1, max=3, help="1 or 3; by default the model's.", rich_help_panel=DATA)] = None
     batch_size: Annotated[int, typer.Option(min=1, help="Items of a batch.", rich_help_panel=DATA)] = 32
@@ -161,7 +181,11 @@ def _read_config(ctx: typer.Context, value: Path | None) -> Path | None:
 ConfigFlag = Annotated[
     Path | None,
     typer.Option(
-        "--config", help="TOML file with values for any flags; flags on the command line win.", callback=_read_config, is_eager=True, rich_help_panel=RUN
+        "--config",
+        help="TOML file with values for any flags; flags on the command line win.",
+        callback=_read_config,
+        is_eager=True,
+        rich_help_panel=RUN,
     ),
 ]
 
@@ -178,7 +202,9 @@ def _plain(text: str) -> str:
     return text.replace("[", "\\[")
 
 
-def _show_warning(message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: str | None = None) -> None:
+def _show_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: str | None = None
+) -> None:
     if issubclass(category, OfframpWarning):
         errors.print(f"[bold yellow]warning:[/bold yellow] {_plain(str(message))}", highlight=False, soft_wrap=True)
     else:
@@ -198,7 +224,9 @@ def command(app: typer.Typer, name: str, panel: str) -> Callable[[Callable[..., 
                 groups[parameter.name] = hint
                 inner = typing.get_type_hints(hint, include_extras=True)
                 for field in inspect.signature(hint).parameters.values():
-                    flags.append(inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=inner[field.name]))
+                    flags.append(
+                        inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=inner[field.name])
+                    )
             else:
                 flags.append(inspect.Parameter(parameter.name, inspect.Parameter.KEYWORD_ONLY, default=parameter.default, annotation=hint))
         flags.append(inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=ConfigFlag))

@@ -115,13 +115,16 @@ def load_settings(path: Path, variant: str) -> Settings:
     for key in ("data", "net", "depth", "epochs"):
         if key not in merged:
             raise InvalidInput(f"{path}, variant {variant}: the key {key!r} is missing.")
-    settings = Settings(**{k: tuple(v) if isinstance(v, list) else v for k, v in merged.items()})
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in merged.items()}
+    settings = Settings(**values)
     if settings.net not in NETS:
         raise unknown_key(settings.net, list(NETS), f"{path}, variant {variant}: net")
     if settings.data not in ("digits", "images", "text"):
         raise unknown_key(settings.data, ["digits", "images", "text"], f"{path}, variant {variant}: data")
     if any(not 1 <= d < settings.depth for d in settings.static_depths):
-        raise InvalidInput(f"{path}, variant {variant}: static_depths must lie between 1 and {settings.depth - 1}, got {settings.static_depths}.")
+        raise InvalidInput(
+            f"{path}, variant {variant}: static_depths must lie between 1 and {settings.depth - 1}, got {settings.static_depths}."
+        )
     if not settings.seeds or not settings.budgets:
         raise InvalidInput(f"{path}, variant {variant}: seeds and budgets must not be empty.")
     return settings
@@ -191,7 +194,9 @@ def load_pool(settings: Settings, data: str | None) -> Pool:
         return Pool(Items(list(images), torch.from_numpy(loaded.target).long()), None, 10)
     if not settings.train or ("{data}" in settings.train + settings.test and data is None):
         raise InvalidInput("This variant reads data from a path: give it with --data.")
-    specs = [(s.format(data=data), split) for s, split in ((settings.train, settings.train_split), (settings.test, settings.test_split)) if s]
+    specs = [
+        (s.format(data=data), split) for s, split in ((settings.train, settings.train_split), (settings.test, settings.test_split)) if s
+    ]
     texts = images_as = None
     if settings.data == "text":
         plain = reading.read(specs[0][0], split=specs[0][1], texts=reading.words([], 4))
@@ -264,7 +269,9 @@ def _divide(settings: Settings, pool: Pool, seed: int) -> tuple[Items, Items, It
     test = pool.test if pool.test is not None else pool.train.take(order[:tested])
     held = round(settings.calibration * (len(order) - tested))
     if not 0 < held < len(order) - tested or not len(test):
-        raise InvalidInput(f"calibration={settings.calibration} and test_share={settings.test_share} leave a part of {len(order)} items empty.")
+        raise InvalidInput(
+            f"calibration={settings.calibration} and test_share={settings.test_share} leave a part of {len(order)} items empty."
+        )
     return pool.train.take(order[tested + held :], settings.augment), pool.train.take(order[tested : tested + held]), test
 
 
@@ -327,7 +334,9 @@ def _budgets(
     alone = trace.cost - heads.cumsum(0) + heads  # a fixed exit needs only its own head
     fixed = Curve("fixed exit", upper_hull(fixed_exit_curve(trace, alone).points))
     smaller = curve("static models", upper_hull(static))
-    budgets = sorted({*settings.budgets, *([system.card.predicate.budget] if system.card.predicate and system.card.predicate.budget else [])})
+    budgets = sorted(
+        {*settings.budgets, *([system.card.predicate.budget] if system.card.predicate and system.card.predicate.budget else [])}
+    )
     rows: list[dict[str, Any]] = []
     for budget in budgets:
         try:
@@ -385,7 +394,9 @@ def across_seeds(values: Sequence[float]) -> Estimate:
     return Estimate(mean, mean - half, mean + half)
 
 
-def reproduce(name: str, settings: Settings, *, variant: str, data: str | None = None, device: str = "cpu", say: Say = lambda text: None) -> dict[str, Any]:
+def reproduce(
+    name: str, settings: Settings, *, variant: str, data: str | None = None, device: str = "cpu", say: Say = lambda text: None
+) -> dict[str, Any]:
     """Run a reproduction.
 
     Args:
@@ -413,7 +424,9 @@ def reproduce(name: str, settings: Settings, *, variant: str, data: str | None =
         "variant": variant,
         "claim": system.card.claim,
         "predicate": asdict(predicate),
-        "measured": None if estimate is None else {"value": estimate.value, "low": estimate.low, "high": estimate.high, "level": estimate.level, "values": values},
+        "measured": None
+        if estimate is None
+        else {"value": estimate.value, "low": estimate.low, "high": estimate.high, "level": estimate.level, "values": values},
         "verdict": verdict(predicate, estimate),
         "summary": summarise(seeds),
         "environment": environment(device),

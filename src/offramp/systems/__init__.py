@@ -79,7 +79,9 @@ def build(name: str, **kwargs: Any) -> System:
     for key in kwargs:
         if key not in takes:
             near = difflib.get_close_matches(key, takes, n=1, cutoff=0.3)
-            raise InvalidInput(f"{name} takes {', '.join(takes) or 'no arguments'}; got {key!r}." + (f" Did you mean {near[0]!r}?" if near else ""))
+            raise InvalidInput(
+                f"{name} takes {', '.join(takes) or 'no arguments'}; got {key!r}." + (f" Did you mean {near[0]!r}?" if near else "")
+            )
     system: System = builder(**kwargs)
     return system
 
@@ -170,7 +172,11 @@ def _compare(axis: str, left: Any, right: Any) -> list[Difference]:
     if not same_type:
         return [Difference(axis, describe(left), describe(right))]
     names = dict.fromkeys([*one["args"], *two["args"]])
-    return [Difference(f"{axis}.{n}", _render(one["args"].get(n)), _render(two["args"].get(n))) for n in names if one["args"].get(n) != two["args"].get(n)]
+    return [
+        Difference(f"{axis}.{n}", _render(one["args"].get(n)), _render(two["args"].get(n)))
+        for n in names
+        if one["args"].get(n) != two["args"].get(n)
+    ]
 
 
 def _module(name: str) -> ModuleType:

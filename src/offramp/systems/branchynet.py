@@ -18,8 +18,9 @@ from __future__ import annotations
 from offramp.budget.mean_cost import QuantileCost
 from offramp.budget.targets import MeanCost
 from offramp.core.system import Card, Predicate, System
-from offramp.exits import Evenly, PooledLinear
-from offramp.policies import Entropy
+from offramp.exits.linear import PooledLinear
+from offramp.exits.placement import Evenly
+from offramp.policies.threshold import Entropy
 from offramp.train.recipe import Equal, Explicit, Joint
 
 CARD = Card(

@@ -17,8 +17,8 @@ from __future__ import annotations
 from offramp.budget.mean_cost import ExponentialWeights
 from offramp.budget.targets import MeanCost
 from offramp.core.system import Card, Predicate, System
-from offramp.exits import Evenly
-from offramp.policies import Confidence
+from offramp.exits.placement import Evenly
+from offramp.policies.threshold import Confidence
 from offramp.train.recipe import Equal, Joint
 
 CARD = Card(

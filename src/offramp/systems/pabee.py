@@ -19,8 +19,11 @@ from offramp.budget.mean_cost import QuantileCost
 from offramp.budget.targets import MeanCost
 from offramp.core.errors import InvalidInput
 from offramp.core.system import Card, Predicate, System
-from offramp.exits import EveryBlock, PooledLinear, Pooler
-from offramp.policies import Patience, at
+from offramp.exits.linear import PooledLinear
+from offramp.exits.placement import EveryBlock
+from offramp.exits.pooled import Pooler
+from offramp.policies.agreement import Patience
+from offramp.policies.combine import at
 from offramp.train.recipe import IndexWeighted, Joint
 
 CARD = Card(

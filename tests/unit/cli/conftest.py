@@ -12,7 +12,7 @@ from typer.testing import CliRunner, Result
 
 from offramp.cli import app
 
-MODEL = '''
+MODEL = """
 import torch
 from torch import nn
 
@@ -33,7 +33,7 @@ def make(num_classes=3):
 
 def not_a_model():
     return 3
-'''
+"""
 
 
 @pytest.fixture

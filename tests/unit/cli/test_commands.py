@@ -40,7 +40,14 @@ def run(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 class TestTheWholeWay:
     def test_artifacts(self, run: Path) -> None:
-        for name in ("adapter/adapter.json", "adapter/adapter.safetensors", "training/metrics.jsonl", "trace/trace.json", "plan/plan.json", "config.toml"):
+        for name in (
+            "adapter/adapter.json",
+            "adapter/adapter.safetensors",
+            "training/metrics.jsonl",
+            "trace/trace.json",
+            "plan/plan.json",
+            "config.toml",
+        ):
             assert (run / name).is_file(), name
         trace = Trace.load(run / "trace")
         assert trace.items == 120 and len(trace.exits) == 3 and trace.latency is not None and trace.latency.batch_sizes == (1, 8)
@@ -60,7 +67,9 @@ class TestTheWholeWay:
         assert found["full_accuracy"] == pytest.approx(float((test.predictions[:, -1] == test.labels).double().mean()))
         assert found["mean_cost"] == pytest.approx(float(torch.tensor(found["shares"]).double() @ test.cost) / test.base_cost)
 
-        result = offramp("bench", *rest, "--batch-sizes", "1,4", "--repeats", "3", "--batches", "2", "--mode", "latency", "--mode", "throughput")
+        result = offramp(
+            "bench", *rest, "--batch-sizes", "1,4", "--repeats", "3", "--batches", "2", "--mode", "latency", "--mode", "throughput"
+        )
         assert result.exit_code == 0
         runs = json.loads((run / "bench.json").read_text())["runs"]
         assert [(r["mode"], r["batch_size"]) for r in runs] == [("latency", 1), ("throughput", 1), ("latency", 4), ("throughput", 4)]
@@ -75,7 +84,12 @@ class TestTheWholeWay:
         certificate = load_plan(run / "plan").certificate
         assert certificate is not None and certificate.guaranteed and certificate.delta == 0.2
         assert offramp("calibrate", "--out", run, "--p95-ms", "1e6").exit_code == 0
-        assert offramp("calibrate", "--out", run, "--mean-cost", "0.8", "--peak-cost", "0.9", "--method", "QuantileCost(per_exit=True)").exit_code == 0
+        assert (
+            offramp(
+                "calibrate", "--out", run, "--mean-cost", "0.8", "--peak-cost", "0.9", "--method", "QuantileCost(per_exit=True)"
+            ).exit_code
+            == 0
+        )
         assert offramp("calibrate", "--out", run, "--system", "eero").exit_code == 0
         assert load_plan(run / "plan").certificate.method == "ExponentialWeights"
         assert offramp("calibrate", "--out", run, "--rule", "margin", "--mean-cost", "0.7").exit_code == 0
@@ -93,7 +107,10 @@ class TestTheWholeWay:
         spec.loader.exec_module(module)
         save_file(module.make(3).state_dict(), tmp_path / "w.safetensors")
         source = ("--model", f"python:{toy / 'net.py'}:make", "--data", toy / "points.npz", "--out", frozen, "--num-classes", 3)
-        assert offramp("fit", *source, "--weights", tmp_path / "w.safetensors", "--recipe", "frozen", "--exits", 1, "--epochs", 1).exit_code == 0
+        assert (
+            offramp("fit", *source, "--weights", tmp_path / "w.safetensors", "--recipe", "frozen", "--exits", 1, "--epochs", 1).exit_code
+            == 0
+        )
         assert json.loads((frozen / "adapter" / "adapter.json").read_text())["content"]["base_included"] is False
         other = {k: v + 1 for k, v in module.make(3).state_dict().items()}
         save_file(other, tmp_path / "other.safetensors")

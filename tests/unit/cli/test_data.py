@@ -186,7 +186,7 @@ class TestTables:
 
     @pytest.mark.parametrize("suffix", ["", ".xz", ".gz"])
     def test_csv_compressed(self, tmp_path: Path, texts: data.Texts, suffix: str) -> None:
-        content = 'review,class\n"good, very ""good""",pos\n"bad\nfilm",neg\n'.encode()
+        content = b'review,class\n"good, very ""good""",pos\n"bad\nfilm",neg\n'
         content = {"": bytes, ".xz": lzma.compress, ".gz": gzip.compress}[suffix](content)
         (tmp_path / f"t.csv{suffix}").write_bytes(content)
         records = data.read(str(tmp_path / f"t.csv{suffix}"), texts=texts)

@@ -39,7 +39,9 @@ def write(folder: Path, text: str = BASE, name: str = "branchynet") -> Path:
 
 class TestSettings:
     def test_shared_and_own_keys(self, tmp_path: Path) -> None:
-        path = write(tmp_path, BASE + '[other]\ndata = "digits"\nnet = "conv"\ndepth = 2\nepochs = 5\nseeds = [3, 4]\nsystem = { exits = 2 }\n')
+        path = write(
+            tmp_path, BASE + '[other]\ndata = "digits"\nnet = "conv"\ndepth = 2\nepochs = 5\nseeds = [3, 4]\nsystem = { exits = 2 }\n'
+        )
         assert reproducing.variants(path) == ["tiny", "other"]
         tiny, other = (reproducing.load_settings(path, v) for v in ("tiny", "other"))
         assert tiny.budgets == other.budgets == (0.6, 0.9)
@@ -65,7 +67,12 @@ class TestSettings:
 
 
 class TestNumbers:
-    ROWS = ({"budget": 0.3, "infeasible": True}, {"budget": 0.5, "drop": 0.02}, {"budget": 0.7, "drop": -0.01}, {"budget": 0.9, "drop": 0.0})
+    ROWS = (
+        {"budget": 0.3, "infeasible": True},
+        {"budget": 0.5, "drop": 0.02},
+        {"budget": 0.7, "drop": -0.01},
+        {"budget": 0.9, "drop": 0.0},
+    )
 
     @pytest.mark.parametrize(
         ("predicate", "value"),
@@ -140,7 +147,11 @@ class TestRun:
             rates.append(schedule.get_last_lr()[0])
             optimizer.step()
             schedule.step()
-        assert rates[:2] == [0.5, 1.0] and rates[2:] == sorted(rates[2:], reverse=True) and schedule.get_last_lr()[0] == pytest.approx(0, abs=1e-12)
+        assert (
+            rates[:2] == [0.5, 1.0]
+            and rates[2:] == sorted(rates[2:], reverse=True)
+            and schedule.get_last_lr()[0] == pytest.approx(0, abs=1e-12)
+        )
 
     def test_augmentation_shifts_and_mirrors_only_in_training(self) -> None:
         images = [torch.arange(16.0).reshape(1, 4, 4)]

@@ -56,7 +56,13 @@ def test_diff_is_computed_and_field_by_field() -> None:
 
 def test_show_has_the_card_the_parts_and_the_notes() -> None:
     text = systems.show("pabee")
-    for piece in ("BERT Loses Patience", "Pooler(shared=True)", "Joint(weights=IndexWeighted())", "patience = 6", "Deviations from the released code"):
+    for piece in (
+        "BERT Loses Patience",
+        "Pooler(shared=True)",
+        "Joint(weights=IndexWeighted())",
+        "patience = 6",
+        "Deviations from the released code",
+    ):
         assert piece in text
 
 

@@ -1,0 +1,110 @@
+"""The app, and what several commands do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import typer
+from rich.table import Table
+
+from offramp import policies
+from offramp.cli import models
+from offramp.cli.data import Records
+from offramp.cli.options import DataFlags, ModelFlags, RunFlags, console
+from offramp.cli.parts import parse_part
+from offramp.core.batches import unpack_batch
+from offramp.core.bundle import load_bundle
+from offramp.core.errors import InvalidInput
+from offramp.core.protocols import Rule
+from offramp.core.system import System
+from offramp.core.trace import LatencyTable, Trace
+from offramp.engines.record import record as record_trace
+from offramp.network import MultiExit, load
+from offramp.policies.threshold import Confidence
+
+app = typer.Typer(
+    name="offramp",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="Give a trained network only as much compute as each input needs: attach exits, train them, choose when to leave, run.\n\n"
+    "The usual order is fit, record, calibrate, evaluate, bench, report, all with the same --out folder. "
+    "`offramp COMMAND --help` has an example of each. Every flag can come from a TOML file: `--config run.toml`.",
+)
+WORK, OTHER, METHODS = "Work, in this order", "Models", "Published methods"
+
+
+def device_of(run: RunFlags) -> torch.device:
+    name = run.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InvalidInput(f"The device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def open_model(model: ModelFlags, items: DataFlags, width: int | None = None, labels_needed: bool = True) -> tuple[models.Loaded, Records]:
+    """The model, and the items prepared for it."""
+    plain = items.read(None, labels_needed=labels_needed)
+    scheme = model.model.partition(":")[0]
+    classes = model.num_classes or width or (len(plain.classes) if scheme in ("timm", "python") and plain.classes else None)
+    loaded = models.load_model(
+        model.model,
+        kind="text" if plain.kind == "text" else "image",
+        num_classes=classes,
+        weights=model.weights,
+        pretrained=model.pretrained,
+    )
+    return loaded, items.read(loaded, labels_needed=labels_needed)
+
+
+def open_run(model: ModelFlags, items: DataFlags, run: RunFlags, labels_needed: bool = True) -> tuple[MultiExit, Records]:
+    """The network that `fit` saved in the run's folder, and items prepared for it."""
+    content, _ = load_bundle(inside(run.out, "adapter", "fit"), "adapter", "adapter")
+    loaded, records = open_model(model, items, int(content["num_outputs"]), labels_needed)
+    net = load(loaded.model, run.out / "adapter", example=records.inputs(2))
+    records.check_labels(net.num_outputs)
+    return net.to(device_of(run)), records
+
+
+def inside(out: Path, name: str, made_by: str) -> Path:
+    if not (out / name).is_dir():
+        raise InvalidInput(f"{out} has no {name}/: run `offramp {made_by} --out {out}` first.")
+    return out / name
+
+
+def rule_named(text: str | None, system: System | None) -> Rule:
+    if text is not None:
+        rule: Rule = parse_part(text, policies.PARTS, "rule")
+        return rule
+    return system.rule if system is not None else Confidence()
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], justify: Literal["left", "right"] = "right") -> None:
+    table = Table(title=title or None, title_justify="left", header_style="bold")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else justify, overflow="fold", no_wrap=index == 0)
+    for row in rows:
+        table.add_row(*(cell if isinstance(cell, str) else f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row))
+    console.print(table)
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.2f} %"
+
+
+def trace_of(net: MultiExit, records: Records, items: DataFlags, rules: Sequence[Rule], latency: LatencyTable | None = None) -> Trace:
+    loader = records.loader(items.batch_size, workers=items.workers)
+    return record_trace(
+        net, loader, rules=rules, latency=latency, provenance={"data": records.source, "part": items.part, "part_seed": items.part_seed}
+    )
+
+
+def without_labels(loader: Iterable[Any]) -> Iterable[Any]:
+    for batch in loader:
+        args, kwargs, _ = unpack_batch(batch)
+        yield args, kwargs
