@@ -129,8 +129,8 @@ class Cut:
             if not isinstance(expected, Tensor):
                 if leaf is not expected and (isinstance(leaf, Tensor) or leaf != expected):
                     raise InvalidInput(
-                        f"Input {name!r} is {leaf!r}; the model was cut with the constant {expected!r}, which is built in. Cut it again, or "
-                        "give the example a tensor there if the model takes one."
+                        f"Input {name!r} is {leaf!r}; the model was cut with the constant {expected!r}, which is built in. Cut it again, "
+                        "or give the example a tensor there if the model takes one."
                     )
                 continue
             if not isinstance(leaf, Tensor) or leaf.ndim != expected.ndim or leaf.dtype != expected.dtype:
@@ -187,7 +187,7 @@ class Cut:
             values[name] = value
         hidden = None
         if 0 < state.at < len(self.segments):
-            hidden = values[self.segments[state.at - 1].hidden]
+            hidden = values[str(self.segments[state.at - 1].hidden)]
         return CutState(values, int(rows.numel()), state.at, hidden)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -377,7 +377,7 @@ def _named_shapes(model: nn.Module, shapes: tuple[Any, dict[str, Any]]) -> Any:
 
 
 def _segments(graph_module: fx.GraphModule, at: Sequence[str], states: Mapping[str, Tensor], args: Any, kwargs: Any, batch: int) -> Cut:
-    info = graph_module.graph._codegen.pytree_info  # the exporter keeps input and output structure here
+    info: Any = graph_module.graph._codegen.pytree_info  # type: ignore[attr-defined]  # the exporter keeps input and output structure here
     leaves = _flat(args, kwargs, info.in_spec)[0]
     nodes = [n for n in graph_module.graph.nodes if n.op == "placeholder"]
     placeholders = [
@@ -428,7 +428,7 @@ def _verify(made: Cut, args: Any, kwargs: Any, reference: Any, states: Mapping[s
         some = made.run(some, k, k + 1)
         if segment.hidden is not None and not same(state.hidden, states[segment.name]):
             off = max(off, gap(state.hidden, states[segment.name]))
-        if segment.hidden is not None and not rounding(state.hidden, states[segment.name]):
+        if state.hidden is not None and not rounding(state.hidden, states[segment.name]):
             raise NotCuttable(
                 f"The state after {segment.name!r} differs from the module's output in an ordinary forward "
                 f"(largest difference {gap(state.hidden, states[segment.name]):.3g}). A model that is random in evaluation mode "
@@ -462,8 +462,8 @@ def _verify(made: Cut, args: Any, kwargs: Any, reference: Any, states: Mapping[s
             want = want.index_select(dim, rows)
         if isinstance(want, Tensor) and not rounding(got, want, 1e-3 if want.dtype == torch.float32 else None):
             raise NotCuttable(
-                f"Some rows alone give another output than the same rows in a batch (largest difference {gap(got, want):.3g}). A model that "
-                "mixes the rows of a batch in evaluation mode cannot be cut: an answer would depend on which other rows have left.",
+                f"Some rows alone give another output than the same rows in a batch (largest difference {gap(got, want):.3g}). A model "
+                "that mixes the rows of a batch in evaluation mode cannot be cut: an answer would depend on which other rows have left.",
                 reason="mismatch",
             )
 

@@ -338,7 +338,7 @@ def example_inputs(model: nn.Module, rows: int = 2) -> dict[str, Tensor]:
     """
     import inspect
 
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     names = inspect.signature(model.forward).parameters
     size, channels = getattr(config, "sample_size", None), getattr(config, "in_channels", None)
     image = next((n for n in ("sample", "hidden_states") if n in names), None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -87,7 +88,7 @@ def split(graph_module: fx.GraphModule, at: Sequence[str], states: Mapping[str, 
         if node.op == "placeholder":
             part[node] = -1
         elif node.target is operator.getitem:
-            part[node] = part[node.args[0]]  # a tuple never crosses a split, its elements do
+            part[node] = part[node.all_input_nodes[0]]  # a tuple never crosses a split, its elements do
         else:
             part[node] = next((i for i, end in enumerate(bounds) if order[node] <= end), len(bounds))
     for path, node in hidden.items():
@@ -111,7 +112,7 @@ def split(graph_module: fx.GraphModule, at: Sequence[str], states: Mapping[str, 
         body = [n for n in nodes if part[n] == k]
         offered = {s for n in live_at(k - 1) for s in _sizes(n)}
         for size in _sizes_read(body, again):
-            source = size.args[0] if size.target is torch.ops.aten.sym_size.int else None
+            source = size.all_input_nodes[0] if size.target is torch.ops.aten.sym_size.int else None
             if _is_fixed(size) or (source is not None and ((part[source] == k and source not in again) or size.meta[_SHAPE] in offered)):
                 continue
             for tensor in _tensor_sources(size):
@@ -164,8 +165,8 @@ def _name_sizes(nodes: Sequence[fx.Node], leaves: Sequence[Any], batch: int) -> 
                 fixed.append(node.name)
     if fixed or not symbols:
         raise NotCuttable(
-            f"The exporter fixed the batch dimension of {', '.join(fixed) or 'every input'}: forward does something that holds for one batch "
-            "size only (a Python `if` on the size, a reshape with a literal, a stored buffer). Make it use x.shape[0].",
+            f"The exporter fixed the batch dimension of {', '.join(fixed) or 'every input'}: forward does something that holds for one "
+            "batch size only (a Python `if` on the size, a reshape with a literal, a stored buffer). Make it use x.shape[0].",
             reason="batch",
         )
     one = {s: symbols[0] for s in symbols}
@@ -237,11 +238,11 @@ def _rename_mutated(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         for target in _mutated(node):
             if isinstance(node.meta.get("val"), Tensor):
-                target.replace_all_uses_with(node, delete_user_cb=lambda user, node=node: user is not node and _after(user, node))
+                target.replace_all_uses_with(node, delete_user_cb=partial(_later, node=node))
 
 
-def _after(user: fx.Node, node: fx.Node) -> bool:
-    return bool(user > node)
+def _later(user: fx.Node, *, node: fx.Node) -> bool:
+    return user is not node and bool(user > node)
 
 
 def _roots(nodes: Sequence[fx.Node]) -> dict[fx.Node, fx.Node]:
@@ -251,13 +252,14 @@ def _roots(nodes: Sequence[fx.Node]) -> dict[fx.Node, fx.Node]:
         root[node] = node
         schema = _schema(node)
         if schema is None:
-            if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
-                root[node] = root.get(node.args[0], node.args[0])
+            if node.target is operator.getitem:
+                root[node] = root.get(node.all_input_nodes[0], node.all_input_nodes[0])
             continue
         if any(r.alias_info is not None for r in schema.returns):
             for index, argument in enumerate(schema.arguments):
-                if argument.alias_info is not None and index < len(node.args) and isinstance(node.args[index], fx.Node):
-                    root[node] = root.get(node.args[index], node.args[index])
+                source = node.args[index] if index < len(node.args) else None
+                if argument.alias_info is not None and isinstance(source, fx.Node):
+                    root[node] = root.get(source, source)
                     break
     return root
 
@@ -286,9 +288,10 @@ def _size_derived(nodes: Sequence[fx.Node], symbol: Any) -> set[fx.Node]:
         sources = node.all_input_nodes
         if all(s in constant for s in sources):
             constant.add(node)
-        elif all(s in constant or (s in found and not (_is_size(s) and _data_dependent(s))) for s in sources):
-            if any(_on_batch(s, symbol) for s in sources if s in found):
-                found.add(node)
+        elif all(s in constant or (s in found and not (_is_size(s) and _data_dependent(s))) for s in sources) and any(
+            _on_batch(s, symbol) for s in sources if s in found
+        ):
+            found.add(node)
     # What the batch-made tensors are made of is made again with them; it is cheap, or it would not be here.
     stack = [s for n in found for s in n.all_input_nodes]
     while stack:
@@ -385,8 +388,8 @@ def _hidden_nodes(
     for path in ends:
         if path not in best:
             raise NotCuttable(
-                f"No value in the exported graph equals the output of {path!r} in an ordinary forward. A model that is random in evaluation "
-                "mode cannot be cut.",
+                f"No value in the exported graph equals the output of {path!r} in an ordinary forward. A model that is random in "
+                "evaluation mode cannot be cut.",
                 reason="mismatch",
                 path=path,
             )
@@ -438,7 +441,7 @@ def _batch_dims(node: fx.Node, symbol: Any) -> tuple[int, ...]:
                 f"The tensor {node.name!r} crosses the cut with dimension {dim} = {expression}, in which the batch is folded together "
                 "with something else, so its rows cannot be told apart. Cut after an enclosing module that unfolds it.",
                 reason="live",
-                path=(_paths(node) or [None])[-1],
+                path=next(iter(_paths(node)[-1:]), None),
             )
     return tuple(dims)
 

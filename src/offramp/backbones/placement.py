@@ -99,8 +99,8 @@ def repeated_blocks(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str
     Candidates are the composite children of every ``nn.Sequential`` and ``nn.ModuleList``; where those leave no choice, composite
     siblings of one class; and then leaves of an ``nn.Sequential``. A candidate runs exactly once and returns a tensor with the batch
     first. Candidates inside a residual or parallel branch are left out, by what crosses there: more than at the cleanest place by over
-    half of the state itself. (Where that leaves no choice, as in a U-Net, whose skips cross everywhere, all are kept.) Where candidates hold
-    further ones that do at least 80 % of their work, the inner ones are taken: the blocks of a stage and not the stage.
+    half of the state itself. (Where that leaves no choice, as in a U-Net, whose skips cross everywhere, all are kept.) Where candidates
+    hold further ones that do at least 80 % of their work, the inner ones are taken: the blocks of a stage and not the stage.
 
     Raises:
         NotCuttable: there are none.
@@ -148,8 +148,8 @@ def repeated_blocks(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str
     chosen = _descend(found, usable, names)
     if not chosen or total == 0:
         raise NotCuttable(
-            f"{type(model).__name__} has no repeated blocks (children of nn.Sequential or nn.ModuleList, or siblings of one class, that run "
-            "once and return a tensor with the batch first). Name the modules to exit after: at=[...].",
+            f"{type(model).__name__} has no repeated blocks (children of nn.Sequential or nn.ModuleList, or siblings of one class, that "
+            "run once and return a tensor with the batch first). Name the modules to exit after: at=[...].",
             reason="missing",
             suggestions=[n for n, _ in model.named_children()][:5],
         )

@@ -370,7 +370,7 @@ def example_inputs(model: nn.Module, rows: int = 2, length: int = 16) -> dict[st
     Raises:
         InvalidInput: the model names an input of another kind; pass an example instead.
     """
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     name = getattr(model, "main_input_name", None)
     if name == "input_ids" and getattr(config, "vocab_size", None):
         size = min(length, int(getattr(config, "max_position_embeddings", length) or length))
