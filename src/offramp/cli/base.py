@@ -59,7 +59,23 @@ def open_model(model: ModelFlags, items: DataFlags, width: int | None = None, la
         weights=model.weights,
         pretrained=model.pretrained,
     )
-    return loaded, items.read(loaded, labels_needed=labels_needed)
+    records = items.read(loaded, labels_needed=labels_needed)
+    _check_fit(loaded, records)
+    return loaded, records
+
+
+def _check_fit(loaded: models.Loaded, records: Records) -> None:
+    """Run the model once on two items, so that inputs it does not take are an error that says so and not one from inside it."""
+    inputs = records.inputs(2)
+    try:
+        with torch.no_grad():
+            loaded.model(**inputs) if isinstance(inputs, dict) else loaded.model(inputs)
+    except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as error:
+        named = {k: tuple(v.shape) for k, v in inputs.items()} if isinstance(inputs, dict) else tuple(inputs.shape)
+        raise InvalidInput(
+            f"{type(loaded.model).__name__} does not take the items of {records.source}, a batch {named}: {str(error).splitlines()[0]}. "
+            "Check --model, --image-size, --channels, --tokenizer and --max-length."
+        ) from error
 
 
 def open_run(model: ModelFlags, items: DataFlags, run: RunFlags, labels_needed: bool = True) -> tuple[MultiExit, Records]:
@@ -85,12 +101,12 @@ def rule_named(text: str | None, system: System | None) -> Rule:
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], justify: Literal["left", "right"] = "right") -> None:
-    table = Table(title=title or None, title_justify="left", header_style="bold")
+    drawn = Table(title=title or None, title_justify="left", header_style="bold")
     for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else justify, overflow="fold", no_wrap=index == 0)
+        drawn.add_column(column, justify="left" if index == 0 else justify, overflow="fold", no_wrap=index == 0)
     for row in rows:
-        table.add_row(*(cell if isinstance(cell, str) else f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row))
-    console.print(table)
+        drawn.add_row(*(cell if isinstance(cell, str) else f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row))
+    console.print(drawn)
 
 
 def percent(value: float) -> str:

@@ -124,7 +124,7 @@ def _show_result(result: Mapping[str, Any]) -> None:
         cost = f"{row['cost'][0]:.3f}" if "cost" in row else "infeasible"
         rows.append((f"{row['budget']:g}", cost, *(cell(row.get(k)) for k in ("accuracy", "fixed", "random", "static"))))
     title = f"{result['system']}, {result['variant']}: accuracy in %, mean ± half of the 95 % interval over {len(result['seeds'])} seeds"
-    table(title, ("budget", "cost", "this method", "fixed exit", "random exit", "smaller model"), rows)
+    table(title, ("budget", "cost", "this method", "fixed exit or mix", "random exit", "smaller model"), rows)
     measured = result["measured"]
     console.print(f"claim     {result['claim']}", highlight=False, markup=False)
     p = result["predicate"]

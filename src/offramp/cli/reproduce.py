@@ -1,7 +1,8 @@
 """Reproductions: train a method small on real data, measure its claim, and set the result beside what it must beat.
 
-The baselines are always the same: the full model trained alone, one fixed exit at equal cost, random exits at equal cost, and a smaller
-static model at equal cost. Nothing is tuned after the fact: the verdict is the card's predicate on the measured numbers.
+The baselines are always the same: the full model trained alone; one fixed exit, or the best blind mix of two, at equal cost; random exits
+with the method's own shares; and a smaller static model trained alone, or the best mix of two, at equal cost. Nothing is tuned after the
+fact: the verdict is the card's predicate on the measured numbers.
 """
 
 from __future__ import annotations
@@ -189,7 +190,7 @@ def load_pool(settings: Settings, data: str | None) -> Pool:
         MissingExtra: scikit-learn is not installed.
     """
     if settings.data == "digits":
-        loaded = reading.optional("sklearn.datasets", "dev", "The digits data set").load_digits()
+        loaded = reading.optional("sklearn.datasets", "demo", "The digits data set").load_digits()
         images = torch.from_numpy(loaded.images).float().unsqueeze(1) / 16
         return Pool(Items(list(images), torch.from_numpy(loaded.target).long()), None, 10)
     if not settings.train or ("{data}" in settings.train + settings.test and data is None):

@@ -159,7 +159,7 @@ def bench(
                         result["p95_ms"],
                         f"{result['full_ms'] / result['median_ms']:.2f}",
                         "-" if efficiency is None else f"{efficiency:.3f}",
-                    )  # fmt: skip
+                    )
                 )
     write_json(run.out / "bench.json", {"runs": results, "environment": environment(net.device)})
     table("Milliseconds per batch", ("mode", "batch", "full model", "plan", "plan p95", "times as fast", "exit efficiency"), rows)
@@ -237,8 +237,8 @@ def report(
     out: Annotated[Path, typer.Option(help="Folder of the run.")],
     data: Annotated[str | None, typer.Option(help="The items of `evaluate`, to show the easiest and hardest.")] = None,
     split: Annotated[str | None, typer.Option(help="Their split.")] = None,
-    part: Annotated[str, typer.Option(help="Their part.")] = "0:1",
-    part_seed: Annotated[int, typer.Option(help="Seed of the order.")] = 0,
+    part: Annotated[str | None, typer.Option(help="Their part; by default the one that was recorded.")] = None,
+    part_seed: Annotated[int | None, typer.Option(help="Seed of the order; by default the one that was recorded.")] = None,
     label_column: Annotated[str | None, typer.Option(help="Column of the label.")] = None,
     text_column: Annotated[list[str] | None, typer.Option(help="Column of the text.")] = None,
     classes: Annotated[list[str] | None, typer.Option(help="Class names.")] = None,
@@ -248,7 +248,7 @@ def report(
 
     Shows the items of `evaluate` if there are any, else those of `record`, and the times of `bench` if there are any. Needs no model.
 
-    Example: `offramp report --config runs/photos/config.toml --part 0.8:1`
+    Example: `offramp report --config runs/photos/config.toml`
     """
     from offramp.measure.report import report as write_report  # needs a plotting library
 
@@ -258,13 +258,16 @@ def report(
     runs = read_json(out / "bench.json")["runs"] if (out / "bench.json").is_file() else []
     examples = None
     if data is not None:
+        part = str(trace.provenance.get("part", "0:1")) if part is None else part
+        seed = int(trace.provenance.get("part_seed", 0)) if part_seed is None else part_seed
         flags = DataFlags(
-            data=data, split=split, part=part, part_seed=part_seed, label_column=label_column, text_column=text_column, classes=classes
+            data=data, split=split, part=part, part_seed=seed, label_column=label_column, text_column=text_column, classes=classes
         )
         records = flags.read(None, labels_needed=False)
         if len(records) != trace.items:
             raise InvalidInput(
-                f"{data}, part {part}, has {len(records)} items but the trace has {trace.items}: give the --part of `offramp evaluate`."
+                f"{data}, part {part}, has {len(records)} items but the trace has {trace.items}: "
+                "give the --data and --part of `offramp evaluate`."
             )
         raw = [records.raw(int(row)) for row in records.rows]
         examples = raw if records.kind == "text" else _stack(raw) if records.kind == "image" else None

@@ -76,7 +76,7 @@ class TestTheWholeWay:
         assert all(len(s) == 3 and min(s) > 0 for r in runs for s in r["samples_ms"].values())
 
         pytest.importorskip("matplotlib")
-        result = offramp("report", *rest)
+        result = offramp("report", "--config", run / "config.toml")  # the part is the one that was evaluated
         assert result.exit_code == 0 and (run / "report.html").read_text().lstrip().lower().startswith("<!doctype html")
 
     def test_targets_of_calibrate(self, run: Path, offramp: Call) -> None:
@@ -174,6 +174,9 @@ class TestBadInput:
         np.savez(tmp_path / "nan.npz", x=x, y=np.zeros(4, int))
         result = fit(data=tmp_path / "nan.npz")
         assert result.exit_code == 2 and "row 2 of 'x' holds NaN" in result.output
+        np.savez(tmp_path / "wide.npz", x=np.zeros((4, 9), np.float32), y=np.zeros(4, int))
+        result = fit(data=tmp_path / "wide.npz")
+        assert result.exit_code == 2 and "Sequential does not take the items of" in result.output and "(2, 9)" in result.output
         np.savez(tmp_path / "keys.npz", a=x)
         assert "it holds: a" in fit(data=tmp_path / "keys.npz").output
 

@@ -171,7 +171,7 @@ class TestArrays:
 
     def test_foreign_file(self, tmp_path: Path) -> None:
         (tmp_path / "a.npz").write_bytes(b"hello")
-        with pytest.raises(InvalidInput, match="not an .npz file"):
+        with pytest.raises(InvalidInput, match=r"not an .npz file"):
             data.read(str(tmp_path / "a.npz"))
 
 
@@ -204,7 +204,7 @@ class TestTables:
         for options in ({"text_columns": ["words"], "label_column": "mark"}, {}):
             spec = str(tmp_path / "t.csv") + ("" if options else "::words,mark")
             assert data.read(spec, texts=texts, **options).labels.tolist() == [3]
-        with pytest.raises(InvalidInput, match="no column named label .*; it has: words, mark"):
+        with pytest.raises(InvalidInput, match=r"no column named label .*; it has: words, mark"):
             data.read(str(tmp_path / "t.csv"), texts=texts)
         with pytest.raises(InvalidInput, match="no column 'word'; it has: words, mark"):
             data.read(f"{tmp_path}/t.csv::word,mark", texts=texts)

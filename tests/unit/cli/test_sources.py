@@ -115,7 +115,7 @@ def test_texts_need_a_tokenizer(reviews: Path, tmp_path: Path, toy: Path, offram
 
 def test_timm_names_the_nearest(schemas: None) -> None:
     pytest.importorskip("timm")
-    with pytest.raises(InvalidInput, match="Nearest: .*resnet18"):
+    with pytest.raises(InvalidInput, match=r"Nearest: .*resnet18"):
         models.load_model("timm:resnet81")
 
 
