@@ -163,9 +163,10 @@ class MultiExit(nn.Module):
         with Taps(self.model, self.at, self.state_transform) as taps:
             final = self.select(self.model(*args, **kwargs))
             states = taps.states
-        if torch.is_grad_enabled() and final.requires_grad and not all(s.requires_grad or not _trains(self.model) for s in states):
+        cut_off = [p for p, s in zip(self.at, states, strict=True) if not s.requires_grad and _trains(self.model.get_submodule(p))]
+        if torch.is_grad_enabled() and final.requires_grad and cut_off:
             raise InvalidInput(
-                "A state has no gradient although the model is being trained: reentrant gradient checkpointing cuts it off. "
+                f"The states at {cut_off} have no gradient although their modules are being trained: reentrant gradient checkpointing cuts it off. "
                 "Use gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})."
             )
         return (*self.read(states), final), states

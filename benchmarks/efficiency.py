@@ -1,0 +1,218 @@
+"""Exit efficiency of the classify engine: ideal time / measured time, beside the strongest full model of the same run.
+
+Ideal = sum over segments of (share of rows that reach it x the segment's time at the full batch). Thresholds let about the same
+share of all rows leave at every exit. Weights and inputs are random: this measures time, not accuracy. The full model is compiled
+and captured as a CUDA graph (on a CPU: run eagerly, as the engine's segments are).
+
+    python benchmarks/efficiency.py --model vit_base_patch16_224 --exits blocks.2,blocks.5,blocks.8 --dtype bfloat16 --batch 1,32,256 \
+        --incoming 1,8,32,256 --bucket 256 --items 2048 --out benchmarks/results/efficiency_vit_base_h100.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from offramp.core.bundle import write_json
+from offramp.core.certificate import Plan
+from offramp.core.errors import OfframpWarning
+from offramp.engines.classify import Latency, Quota, Runner, Throughput, compile
+from offramp.engines.graphs import Graph
+from offramp.engines.record import record
+from offramp.measure.clock import compare, environment
+from offramp.measure.hardware import ceilings
+from offramp.network import MultiExit, attach, never
+from offramp.policies import Confidence
+
+
+def inputs(items: int, size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Random smooth pictures of varying contrast, so that scores differ between items."""
+    generator = torch.Generator(device).manual_seed(0)
+    coarse = torch.randn(items, 3, 8, 8, generator=generator, device=device)
+    contrast = torch.rand(items, 1, 1, 1, generator=generator, device=device) * 3
+    parts = [torch.nn.functional.interpolate(c, size=(size, size), mode="bilinear").to(dtype) for c in (coarse * contrast).split(256)]
+    return torch.cat(parts)
+
+
+def equal_shares(net: MultiExit, images: Tensor, share: float) -> Plan:
+    """Thresholds that let ``share`` of all items leave at each early exit."""
+    trace = record(net, images.split(256), progress=False)
+    scores, waiting, thresholds, shares = trace.scores(Confidence()), torch.ones(trace.items, dtype=torch.bool), [], []
+    for k in range(len(net.at)):
+        ordered = scores[waiting, k].sort().values
+        cut = len(ordered) - round(share * trace.items)
+        thresholds.append(float((ordered[cut - 1] + ordered[cut]) / 2))
+        leaving = waiting & (scores[:, k] >= thresholds[-1])
+        shares.append(int(leaving.sum()) / trace.items)
+        waiting &= ~leaving
+    return Plan(Confidence(), net.names, (*thresholds, float("-inf")), (*shares, 1 - sum(shares)), 0.0, fingerprint=net.fingerprint())
+
+
+class Clock:
+    """Wall-clock samples of whole passes, in turn, the device's work included."""
+
+    def __init__(self, device: torch.device, repeats: int) -> None:
+        self.device, self.repeats = device, repeats
+
+    def sync(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def passes(self, functions: dict[str, Callable[[], object]], calls: int = 1) -> dict[str, list[float]]:
+        done = compare(functions, warmup=1, repeats=self.repeats, device=self.device, calls=calls)
+        return {name: list(timing.samples_ms) for name, timing in done.timings.items()}
+
+
+class Static:
+    """A callable as one captured graph with input and output buffers of its own: the strongest form of a fixed model."""
+
+    def __init__(self, function: Callable[..., Any], example: tuple[Tensor, ...]) -> None:
+        self.inputs = tuple(t.clone() for t in example)
+        self.output: Any = None
+        compiled = torch.compile(function, dynamic=False) if example[0].is_cuda else function
+
+        def call() -> None:
+            self.output = compiled(*self.inputs)
+
+        with torch.inference_mode():
+            self.graph = Graph(call, example[0].device, None)
+
+    def __call__(self, *values: Tensor) -> Any:
+        with torch.inference_mode():
+            for buffer, value in zip(self.inputs, values, strict=True):
+                buffer.copy_(value)
+            self.graph.replay()
+            return self.output.clone() if isinstance(self.output, Tensor) else self.output
+
+
+def segment_times(net: MultiExit, images: Tensor, clock: Clock) -> list[float]:
+    """Median milliseconds of each segment alone at this batch, without heads."""
+    cut, times = net.cut(), []
+    with torch.inference_mode():
+        state = cut.begin(images)
+        for k, segment in enumerate(cut.segments):
+            torch._dynamo.reset()
+            fixed = Static(segment.module, tuple(state.values[n] for n in segment.inputs))
+            times.append(statistics.median(clock.passes({"segment": fixed.graph.replay}, calls=20 if images.is_cuda else 1)["segment"]))
+            state = cut.run(state, k, k + 1)
+    return times
+
+
+def drive(runner: Callable[..., Any], batches: Iterable[Tensor], sync: Callable[[], None]) -> None:
+    """One batch at a time, each waited for: what a user of latency mode sees."""
+    for batch in batches:
+        runner(batch)
+        sync()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--exits", required=True)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--batch", default="1,64")
+    parser.add_argument("--incoming", default="1,8,64")
+    parser.add_argument("--bucket", type=int, default=64)
+    parser.add_argument("--items", type=int, default=256)
+    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--share", type=float, default=0.27)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--out", required=True)
+    args = parser.parse_args()
+    import timm
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = getattr(torch, args.dtype)
+    torch.manual_seed(0)
+    model = timm.create_model(args.model).eval().to(device, dtype)
+    images = inputs(args.items, args.size, device, dtype)
+    net = attach(model, args.exits.split(","), example=images[:2]).eval()
+    plan = equal_shares(net, images, args.share)
+    clock = Clock(device, args.repeats)
+    environ = environment(device)
+    limit = ceilings(device, dtype)
+    rows: list[dict[str, Any]] = []
+    done: dict[str, Any] = {"model": args.model, "dtype": args.dtype, "exits": list(net.at), "planned_shares": plan.shares, "environment": environ}
+    done["ceilings"] = limit.to_dict()
+    done["rows"] = rows
+
+    def keep(row: dict[str, Any]) -> None:
+        rows.append(row)
+        write_json(args.out, done)
+        print("  ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items() if not k.endswith("samples_ms")), flush=True)
+
+    warnings.simplefilter("ignore", OfframpWarning)
+    segments: dict[int, list[float]] = {}
+    for size in sorted({*(int(b) for b in args.batch.split(",")), args.bucket}):
+        segments[size] = segment_times(net, images[:size], clock)
+        print(f"segments at batch {size}: {[round(t, 4) for t in segments[size]]} ms", flush=True)
+
+    for size in (int(b) for b in args.batch.split(",")):
+        torch._dynamo.reset()
+        full = Static(model, (images[:size],))
+        batches = images[: max(size, args.items if size > 1 else min(args.items, 256))].split(size)
+        batches = [b for b in batches if b.shape[0] == size]
+        engines: dict[str, Runner] = {}
+        for name, mode in (("latency", Latency(size)), ("quota", Quota(size))):
+            torch._dynamo.reset()
+            engines[name] = compile(net, plan, mode, drop=False)
+        torch._dynamo.reset()
+        engines["never"] = compile(net, never(net, Confidence()), Latency(size))
+        exits = {name: torch.cat([engine(b).exit for b in batches]) for name, engine in engines.items()}
+        functions: dict[str, Callable[[], object]] = {"full": lambda full=full, batches=batches: drive(full, batches, clock.sync)}
+        functions |= {n: (lambda e=e, batches=batches: drive(e, batches, clock.sync)) for n, e in engines.items()}
+        samples = clock.passes(functions)
+        flops = net.costs()[1] * size
+        for name, times in samples.items():
+            median = statistics.median(times) / len(batches)
+            row: dict[str, Any] = {"mode": name, "batch": size, "median_ms": median, "samples_ms": [t / len(batches) for t in times]}
+            if name in exits:
+                reach = [float((exits[name] >= k).float().mean()) for k in range(len(net.names))]
+                ideal = sum(r * t for r, t in zip(reach, segments[size], strict=True))
+                row |= {"reach": [round(r, 4) for r in reach], "ideal_ms": ideal, "exit_efficiency": ideal / median}
+            else:
+                row["floor_ms"] = limit.floor_ms(flops, sum(s.param_bytes for s in net.cut().spec.segments))
+            row["over_full"] = median / (statistics.median(samples["full"]) / len(batches))
+            keep(row)
+
+    torch._dynamo.reset()
+    engine = compile(net, plan, Throughput(args.bucket), drop=False)
+    whole = args.items // args.bucket * args.bucket
+    full = Static(model, (images[: args.bucket],))
+    functions = {"full": lambda: drive(full, images[:whole].split(args.bucket), lambda: None)}
+    exits_at = {}
+    for incoming in (int(b) for b in args.incoming.split(",")):
+        batches = images[:whole].split(incoming)
+        exits_at[incoming] = torch.cat([a.exit for a in engine.stream(batches)])
+        functions[f"throughput_{incoming}"] = lambda batches=batches: [None for _ in engine.stream(batches)]
+    samples = clock.passes(functions)
+    full_ms = statistics.median(samples["full"])
+    keep({"mode": "full", "batch": args.bucket, "median_ms": full_ms, "items": whole, "samples_ms": samples["full"]})
+    for incoming, exits_found in exits_at.items():
+        times = samples[f"throughput_{incoming}"]
+        reach = [float((exits_found >= k).float().mean()) for k in range(len(net.names))]
+        ideal = sum(r * t for r, t in zip(reach, segments[args.bucket], strict=True)) * whole / args.bucket
+        median = statistics.median(times)
+        keep(
+            {
+                "mode": "throughput",
+                "incoming": incoming,
+                "bucket": args.bucket,
+                "items": whole,
+                "median_ms": median,
+                "ideal_ms": ideal,
+                "exit_efficiency": ideal / median,
+                "over_full": median / full_ms,
+                "samples_ms": times,
+            }
+        )
+
+
+if __name__ == "__main__":
+    main()
