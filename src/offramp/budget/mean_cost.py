@@ -439,4 +439,5 @@ class OptimalStopping(CostMethod):
             return np.full((1, 1), -np.inf)
         solver = _Stopping(part)
         span = max(float(part.cost[-1] - part.cost[0]), 1e-300)
-        return monotone_path(part, [solver.solve(float(p), self.sweeps) for p in [0.0, *np.geomspace(3e-3, 10, 23) / span]], size)
+        # Backward induction alone: its thresholds fall steadily with the price. Sweeps switch exits that nobody reaches off and on.
+        return monotone_path(part, [solver.solve(float(p), 0) for p in [0.0, *np.geomspace(3e-3, 10, 23) / span]], size)

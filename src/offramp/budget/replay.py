@@ -526,18 +526,35 @@ def meet(cols: F32, strict: F64, permissive: F64, cost: Floats, target: float, *
             reached = (total[first - 1] if first else sure) + np.cumsum(np.bincount(inverse, weights=gains[close]))
             alpha = float(points[int(np.argmax(reached >= needed))]) if reached[-1] >= needed else float(points[-1])
     natural = (strict - alpha * span).astype(np.float32)
-    lows, highs = np.full(exits, -np.inf, np.float32), np.full(exits, np.inf, np.float32)
-    for at in range(0, n, CHUNK):
-        block = cols[:, at : at + CHUNK]
-        alive = np.ones(block.shape[1], bool)
-        for k in range(exits):
-            leaves = block[k] >= upper[k]
-            rows = np.flatnonzero((block[k] >= lower[k]) & ~leaves & alive)
-            leaves[rows] = position(k, block[k, rows]) <= alpha
-            leaves &= alive
-            alive &= ~leaves
-            highs[k] = min(highs[k], np.where(leaves, block[k], np.float32(np.inf)).min())
-            lows[k] = max(lows[k], np.where(alive, block[k], np.float32(-np.inf)).max())
+
+    def settle(alphas: F64) -> tuple[F32, F32, float]:
+        """Largest score that stays and smallest that leaves at each exit, and what leaving saves, with one position per exit."""
+        lows, highs = np.full(exits, -np.inf, np.float32), np.full(exits, np.inf, np.float32)
+        saved = 0.0
+        for at in range(0, n, CHUNK):
+            block = cols[:, at : at + CHUNK]
+            alive = np.ones(block.shape[1], bool)
+            for k in range(exits):
+                leaves = block[k] >= upper[k]
+                rows = np.flatnonzero((block[k] >= lower[k]) & ~leaves & alive)
+                leaves[rows] = position(k, block[k, rows]) <= alphas[k]
+                leaves &= alive
+                alive &= ~leaves
+                saved += saving[k] * np.count_nonzero(leaves)
+                highs[k] = min(highs[k], np.where(leaves, block[k], np.float32(np.inf)).min())
+                lows[k] = max(lows[k], np.where(alive, block[k], np.float32(-np.inf)).max())
+        return lows, highs, saved
+
+    alphas = np.full(exits, alpha)
+    if not shared and np.count_nonzero(places == alpha) > 1:
+        # Scores of several exits meet the line at one position: the first exits move alone, as few as reach the target.
+        few, many = 0, exits
+        while many - few > 1:
+            middle = (few + many) // 2
+            part = np.where(np.arange(exits) < middle, alpha, np.nextafter(alpha, -1))
+            few, many = (few, middle) if settle(part)[2] >= needed else (middle, many)
+        alphas = np.where(np.arange(exits) < many, alpha, np.nextafter(alpha, -1))
+    lows, highs, _ = settle(alphas)
     out = np.full(exits + 1, -np.inf)
     for k in range(exits):
         low_k, high_k = (lows.max(), highs.min()) if shared else (lows[k], highs[k])

@@ -81,7 +81,7 @@ def test_infeasible_mean_cost_names_the_best(trace: Trace) -> None:
 
 
 @pytest.mark.parametrize("limit", ["max_drop", "max_error", "max_disagreement"])
-@pytest.mark.parametrize("method", [None, LTT(HoeffdingBentkus()), LTT(family=SharedThreshold()), LTT(starts=3), RCPS(), PointEstimate()])
+@pytest.mark.parametrize("method", [None, LTT(HoeffdingBentkus()), LTT(family=DesignedPath()), LTT(starts=3), RCPS(), PointEstimate()])
 def test_risk(trace: Trace, limit: str, method: LTT | None) -> None:
     value = {"max_drop": 0.08, "max_error": 0.35, "max_disagreement": 0.2}[limit]
     plan = calibrate(trace, RULE, Risk(**{limit: value}, delta=0.1), method=method)
@@ -90,7 +90,7 @@ def test_risk(trace: Trace, limit: str, method: LTT | None) -> None:
     assert c is not None and c.realised[limit].value <= value and plan.mean_cost < 1
     assert c.guaranteed is not isinstance(method, PointEstimate)
     assert c.delta == (None if isinstance(method, PointEstimate) else 0.1)
-    split = 0 if isinstance(method, LTT) and method.family is not None else 1200
+    split = 1200 if isinstance(method, LTT) and method.family is not None else 0
     assert c.items == 4000 - split
     # A promise costs something: the naive choice goes at least as deep into the limit.
     naive = calibrate(trace, RULE, Risk(**{limit: value}), method=PointEstimate(getattr(method, "family", None)))
@@ -140,7 +140,7 @@ def test_the_design_items_are_not_certifying_items(trace: Trace) -> None:
     design, certify = DesignedPath().split(4000)
     assert len(design) == 1200 and len(certify) == 2800 and not set(design) & set(certify)
     assert len(DesignedPath(most=100).split(4000)[0]) == 100
-    plan = calibrate(trace, RULE, Risk(max_drop=0.08))
+    plan = calibrate(trace, RULE, Risk(max_drop=0.08), method=LTT(family=DesignedPath()))
     realised = evaluate(trace.subset(torch.from_numpy(certify)), RULE, plan.thresholds)
     assert plan.shares == pytest.approx(realised.shares)
     # Changing what certifies must not change the path: the settings depend on the design items alone.
