@@ -1,7 +1,8 @@
 """Exit efficiency of the classify engine: ideal time / measured time, beside the strongest full model of the same run.
 
 Ideal = sum over segments of (share of rows that reach it x the segment's time at the full batch). Thresholds let about the same
-share of all rows leave at every exit. Weights and inputs are random: this measures time, not accuracy. The full model is compiled
+share of all rows leave at every exit. ``median_ms`` is per batch with batches given one after another, ``waited_ms`` with each waited
+for. Weights and inputs are random: this measures time, not accuracy. The full model is compiled
 and captured as a CUDA graph (on a CPU: run eagerly, as the engine's segments are).
 
     python benchmarks/efficiency.py --model vit_base_patch16_224 --exits blocks.2,blocks.5,blocks.8 --dtype bfloat16 --batch 1,32,256 \
@@ -104,11 +105,12 @@ def segment_times(net: MultiExit, images: Tensor, clock: Clock) -> list[float]:
     return times
 
 
-def drive(runner: Callable[..., Any], batches: Iterable[Tensor], sync: Callable[[], None]) -> None:
-    """One batch at a time, each waited for: what a user of latency mode sees."""
+def drive(runner: Callable[..., Any], batches: Iterable[Tensor], sync: Callable[[], None] | None = None) -> None:
+    """Batches one after another; with ``sync`` each is waited for before the next is given."""
     for batch in batches:
         runner(batch)
-        sync()
+        if sync is not None:
+            sync()
 
 
 def main() -> None:
@@ -165,13 +167,14 @@ def main() -> None:
         torch._dynamo.reset()
         engines["never"] = compile(net, never(net, Confidence()), Latency(size))
         exits = {name: torch.cat([engine(b).exit for b in batches]) for name, engine in engines.items()}
-        functions: dict[str, Callable[[], object]] = {"full": lambda full=full, batches=batches: drive(full, batches, clock.sync)}
-        functions |= {n: (lambda e=e, batches=batches: drive(e, batches, clock.sync)) for n, e in engines.items()}
-        samples = clock.passes(functions)
+        runners: dict[str, Callable[..., Any]] = {"full": full, **engines}
+        samples = clock.passes({n: (lambda r=r, batches=batches: drive(r, batches)) for n, r in runners.items()})
+        waited = clock.passes({n: (lambda r=r, batches=batches: drive(r, batches, clock.sync)) for n, r in runners.items()})
         flops = net.costs()[1] * size
         for name, times in samples.items():
             median = statistics.median(times) / len(batches)
             row: dict[str, Any] = {"mode": name, "batch": size, "median_ms": median, "samples_ms": [t / len(batches) for t in times]}
+            row["waited_ms"] = statistics.median(waited[name]) / len(batches)
             if name in exits:
                 reach = [float((exits[name] >= k).float().mean()) for k in range(len(net.names))]
                 ideal = sum(r * t for r, t in zip(reach, segments[size], strict=True))
@@ -185,7 +188,7 @@ def main() -> None:
     engine = compile(net, plan, Throughput(args.bucket), drop=False)
     whole = args.items // args.bucket * args.bucket
     full = Static(model, (images[: args.bucket],))
-    functions = {"full": lambda: drive(full, images[:whole].split(args.bucket), lambda: None)}
+    functions = {"full": lambda: drive(full, images[:whole].split(args.bucket))}
     exits_at = {}
     for incoming in (int(b) for b in args.incoming.split(",")):
         batches = images[:whole].split(incoming)

@@ -25,7 +25,7 @@ from offramp.core.batches import unpack_batch
 from offramp.core.certificate import Plan
 from offramp.core.errors import InvalidInput, NoEffectWarning, NoSavingWarning
 from offramp.core.trace import LatencyTable
-from offramp.engines.graphs import GraphLoop, StreamLoop, buckets
+from offramp.engines.graphs import GraphLoop, StreamLoop, lowest
 from offramp.engines.profile import interpolate, median_ms, worthwhile
 from offramp.engines.stages import Layout, Rows, Stage, begin, exit_costs, join, make_stages, take
 from offramp.network import MultiExit
@@ -133,7 +133,7 @@ class Runner:
                 if not count:
                     return self._answers(torch.empty(0, self.net.num_outputs, device=self.net.device), torch.empty(0, dtype=torch.int64, device=self.net.device))
                 if isinstance(self.mode, Quota):
-                    output, stage = self.loop.quota(key, rows, layout, count, quota_sizes(self._stage_shares(), count))
+                    output, stage = self.loop.quota(key, rows, layout, count, quota_sizes(self.stage_shares(), count))
                 else:
                     output, stage = self.loop.latency(key, rows, layout, count)
                 return Answers(output, self._stage_exit[stage], self._stage_cost[stage])
@@ -178,16 +178,15 @@ class Runner:
         example = self.net.example.to(self.net.device, self.net.dtype)
         rows, layout, two = begin(self.net, self.plan, example.args, example.kwargs)
         key = signature(rows, layout)
-        sizes = buckets(size) if isinstance(self.mode, Latency) else tuple(sorted({max(1, size // 4), size}))
         rows = take(rows, layout, torch.arange(size, device=self.net.device) % two)
-        measured = self.loop.measure(key, rows, layout, size, sizes)
+        measured = self.loop.measure(key, rows, layout, size)
         # The table is per segment; a stage of several segments has its time at the last of them.
-        segment, head = torch.zeros(2, len(self.plan.exits), len(sizes), dtype=torch.float64)
+        segment, head = torch.zeros(2, len(self.plan.exits), len(measured.batch_sizes), dtype=torch.float64)
         for k, stage in enumerate(self.stages):
             segment[stage.exit], head[stage.exit] = measured.segment_ms[k], measured.head_ms[k]
         return replace(measured, segment_ms=segment, head_ms=head)
 
-    def _stage_shares(self) -> list[float]:
+    def stage_shares(self) -> list[float]:
         """Expected share leaving at the end of each stage; what a dropped exit would have let go leaves later."""
         shares, waiting = [], 0.0
         ends = {s.exit for s in self.stages}
@@ -272,7 +271,7 @@ class Runner:
         exits = torch.full((count,), len(self.plan.exits) - 1, device=device)
         index = torch.arange(count, device=device)
         output: Tensor | None = None
-        sizes = quota_sizes(self._stage_shares(), count)
+        sizes = quota_sizes(self.stage_shares(), count)
         for number, stage in enumerate(self.stages):
             rows, logits, score = stage(*rows)
             if output is None:
@@ -280,7 +279,7 @@ class Runner:
             output[index] = logits
             if stage.last:
                 break
-            keep = score.topk(sizes[number], largest=False, sorted=False).indices
+            keep = lowest(score, sizes[number])
             exits[index] = stage.exit
             exits[index[keep]] = len(self.plan.exits) - 1
             if not keep.numel():
@@ -614,7 +613,9 @@ def _build(net: MultiExit, plan: Plan, mode: Mode, decide: Sequence[bool], graph
     stages = make_stages(net, plan, decide)
     runner = Runner(net, plan, mode, stages, tuple(decide), exit_costs(net, plan, decide))
     if graphs:
-        runner.loop = GraphLoop(stages, [plan.thresholds[s.exit] for s in stages], net.device, compiled=net.device.type == "cuda")
+        shares = runner.stage_shares()
+        reach = [min(1.0, max(0.0, sum(shares[k:]))) for k in range(len(stages))]
+        runner.loop = GraphLoop(stages, [plan.thresholds[s.exit] for s in stages], reach, net.device, compiled=net.device.type == "cuda")
     return runner
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -84,20 +85,16 @@ class Mailbox:
         return values
 
 
-def buckets(largest: int) -> tuple[int, ...]:
-    """Batch sizes to capture: fine steps (at most an eighth of the size), since a stage runs at the next larger one."""
-    sizes, size = [], 1
-    while size < largest:
-        sizes.append(size)
-        size += max(1, 2 ** (size.bit_length() - 1) // 4) if size >= 4 else size
-    return (*sizes, largest)
+def buckets(rows: int, reach: float) -> tuple[int, ...]:
+    """Sizes to capture a stage at, ascending, the last being ``rows``.
 
-
-def _rank(keep: Tensor) -> Tensor:
-    """Positions ``[b]`` that put the kept rows first, both groups in order."""
-    kept = keep.to(torch.int64)
-    ahead = kept.cumsum(0)
-    return torch.where(keep, ahead - 1, ahead[-1] + (1 - kept).cumsum(0) - 1)
+    Each size is compiled for itself, so only those are made that a batch of ``rows`` rows is likely to need when each row reaches
+    the stage with probability ``reach``: the mean of the binomial, and one to three standard deviations around it.
+    """
+    step = 8 if rows >= 64 else 2 if rows >= 16 else 1
+    mean, deviation = rows * reach, math.sqrt(rows * reach * (1 - reach))
+    wanted = {math.ceil((mean + z * deviation) / step) * step for z in (-2.0, -1.0, 0.0, 1.0, 2.0, 3.0)}
+    return (*sorted(w for w in wanted if 0 < w < rows), rows)
 
 
 class Bench:
@@ -120,10 +117,19 @@ class Bench:
         self.count = torch.zeros(len(loop.stages), dtype=torch.int64, device=device)
         self.mail = Mailbox(len(loop.stages), device)
         self.entered = -1  # rows that count[0] says
+        self.quota: dict[int, tuple[Tensor, Tensor]] = {}  # where the graph of a batch size leaves its answers
+        self.sizes: list[tuple[int, ...]] = [buckets(rows, reach) for reach in loop.reach]
 
     def bucket(self, stage: int, left: int) -> int:
-        """The captured size that holds ``left`` rows and was fastest when timed; the smallest if none was."""
-        fitting = [b for b in buckets(self.rows) if b >= left]
+        """The captured size that holds ``left`` rows and was fastest when timed.
+
+        A size is added, at the price of compiling it on the way, where the smallest captured one is more than twice too large.
+        """
+        fitting = [b for b in self.sizes[stage] if b >= left]
+        if fitting[0] > 2 * left:
+            new = 1 << (left - 1).bit_length()
+            self.sizes[stage] = (new, *self.sizes[stage]) if new < self.sizes[stage][0] else tuple(sorted({new, *self.sizes[stage]}))
+            return new
         timed = [b for b in fitting if (stage, b) in self.cost]
         return min(timed, key=lambda b: self.cost[(stage, b)]) if timed else fitting[0]
 
@@ -137,10 +143,15 @@ class Bench:
         for buffer, value, dims in zip(self.inputs[stage], rows, layout.dims, strict=True):
             (buffer.narrow(dims[0], start, count) if len(dims) == 1 else buffer).copy_(value, non_blocking=True)
 
+    def store(self, stage: int, position: Tensor, rows: Rows) -> None:
+        """Scatter rows to their positions in a stage's buffer; part of a graph."""
+        for buffer, value, dims in zip(self.inputs[stage], rows, self.loop.stages[stage].before.dims, strict=True):
+            buffer.index_copy_(dims[0], position, value) if dims else buffer.copy_(value)
+
     def graph(self, key: Any, make: Callable[[], None]) -> Graph:
         if key not in self.graphs:
-            # All stages share one code object, so the compiler's limit on versions of it counts them together.
-            limit = torch._dynamo.config.patch(recompile_limit=16 * len(self.loop.stages)) if self.loop.compiled else contextlib.nullcontext()
+            # All stages and sizes share one code object, and the compiler limits the versions of it.
+            limit = torch._dynamo.config.patch(recompile_limit=1024, accumulated_recompile_limit=4096) if self.loop.compiled else contextlib.nullcontext()
             with limit:
                 self.graphs[key] = Graph(make, self.loop.device, self.loop.pool)
         return self.graphs[key]
@@ -162,19 +173,23 @@ class GraphLoop:
     Args:
         stages: what runs between decisions.
         thresholds: one per stage; the last is not used.
+        reach: expected share of rows that enters each stage; the first is 1.
         device: where it runs.
-        compiled: run the stages through ``torch.compile`` (dynamic batch).
+        compiled: run the stages through ``torch.compile``, for each size by itself: code for any size is a seventh slower.
     """
 
-    def __init__(self, stages: list[Stage], thresholds: list[float], device: torch.device, compiled: bool) -> None:
-        self.stages, self.thresholds, self.device = stages, thresholds, device
+    def __init__(self, stages: list[Stage], thresholds: list[float], reach: list[float], device: torch.device, compiled: bool) -> None:
+        self.stages, self.thresholds, self.reach, self.device = stages, thresholds, reach, device
         self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
-        wrap: Callable[[Any], Any] = (lambda f: torch.compile(f, dynamic=True)) if compiled else (lambda f: f)
         self.compiled = compiled
-        self.run: list[Callable[..., Any]] = [wrap(s) for s in stages]
-        self.decide = wrap(_decide)
+        self.steps = [self.wrap(functools.partial(_latency_step, stage, threshold, k)) for k, (stage, threshold) in enumerate(zip(stages, thresholds, strict=True))]
+        self.stream_steps = [self.wrap(functools.partial(_stream_step, stage, threshold, k, len(stages))) for k, (stage, threshold) in enumerate(zip(stages, thresholds, strict=True))]
+        self.pipeline = self.wrap(functools.partial(_quota_pipeline, stages))
         self.benches: dict[Any, Bench] = {}
         self.streams: dict[Any, StreamLoop] = {}
+
+    def wrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        return torch.compile(function, dynamic=False) if self.compiled else function
 
     def bench(self, key: Any, rows: Rows, layout: Layout, size: int, slots: int) -> Bench:
         """Buffers for a signature, made on first use and again for a larger batch."""
@@ -206,69 +221,70 @@ class GraphLoop:
         return bench.output[:count].clone(), bench.done[:count].clone()
 
     def _latency_graph(self, bench: Bench, k: int, bucket: int) -> Graph:
-        stage, run = self.stages[k], self.run[k]
+        stage, step = self.stages[k], self.steps[k]
 
         def call() -> None:
-            after, logits, score = run(*bench.view(k, bucket))
             index = bench.index[k][:bucket]
-            if stage.last:
-                alive = torch.arange(bucket, device=self.device) < bench.count[k]
-                target = torch.where(alive, index, bench.slots)
-                bench.output.index_copy_(0, target, logits)
-                bench.done.index_fill_(0, target, k)
-                return
-            target, position, staying, marks = self.decide(score, index, bench.count[k], self.thresholds[k], bench.slots, k)
-            bench.count[k + 1] = staying
-            bench.mail.post(bench.count)
+            after, logits, target, position, staying, marks = step(bench.view(k, bucket), index, bench.count[k], bench.slots)
+            if not stage.last:
+                bench.count[k + 1] = staying
+                bench.mail.post(bench.count)
             bench.output.index_copy_(0, target, logits)
             bench.done.index_copy_(0, target, marks)
-            bench.index[k + 1].index_copy_(0, position, index)
-            for buffer, value, dims in zip(bench.inputs[k + 1], after, stage.after.dims, strict=True):
-                buffer.index_copy_(dims[0], position, value) if dims else buffer.copy_(value)
+            if not stage.last:
+                bench.index[k + 1].index_copy_(0, position, index)
+                bench.store(k + 1, position, after)
 
-        return bench.graph(("latency", k, bucket), call)
+        def alone() -> None:  # a single stage: every row leaves here, in place
+            bench.output = self.steps[0](bench.view(0, bucket), bench.index[0][:bucket], bench.count[0], bench.slots)[1]
+            bench.done.zero_()
 
-    def warm_latency(
-        self, key: Any, rows: Rows, layout: Layout, count: int, time_ms: Callable[[Callable[[], object]], float], sizes: Sequence[int]
-    ) -> None:
-        """Capture and time every stage at the given bucket sizes."""
-        bench = self.bench(key, rows, layout, count, count)
-        bench.load(0, rows, 0, count)
+        return bench.graph(("latency", k, bucket), call if len(self.stages) > 1 else alone)
+
+    def warm(self, bench: Bench) -> None:
+        """Capture and time every stage at every size that latency mode is likely to need."""
         for k in range(len(self.stages)):
-            for bucket in sizes:
+            for bucket in bench.sizes[k] if k else (bench.rows,):
                 bench.count.fill_(bucket)
-                graph = self._latency_graph(bench, k, bucket)
-                bench.cost[(k, bucket)] = time_ms(graph.replay)
+                bench.cost[(k, bucket)] = median_ms(self._latency_graph(bench, k, bucket).replay, self.device)
         bench.entered = -1
 
-    def measure(self, key: Any, rows: Rows, layout: Layout, count: int, sizes: Sequence[int]) -> LatencyTable:
-        """Times of the captured stages. ``segment_ms`` holds a stage less its head; moving survivors is part of the stage."""
-        time_ms = functools.partial(median_ms, device=self.device)
+    def measure(self, key: Any, rows: Rows, layout: Layout, count: int) -> LatencyTable:
+        """Times of the captured stages at ``count`` rows. ``segment_ms`` is a stage less its head, moving survivors included."""
         bench = self.bench(key, rows, layout, count, count)
-        self.warm_latency(key, rows, layout, count, time_ms, sizes)
-        whole = [[bench.cost[(k, min(max(b, 1), count))] for b in sizes] for k in range(len(self.stages))]
-        heads = []
-        for k, stage in enumerate(self.stages[:-1]):
-            net, (hidden, previous) = stage.net[0], stage.head_inputs(bench.inputs[k + 1])
-            row = []
+        bench.load(0, rows, 0, count)
+        self.warm(bench)
+        sizes = tuple(sorted({1, count}))
+        whole, heads = [], []
+        for k, stage in enumerate(self.stages):
+            times = []
             for size in sizes:
-                call = functools.partial(net.heads[stage.exit], hidden[:size], tuple(p[:size] for p in previous))
-                row.append(time_ms(Graph(call, self.device, self.pool).replay))
-            heads.append(row)
-        empty = Mailbox(1, self.device)
-        one = torch.ones(1, dtype=torch.int64, device=self.device)
-        letter = Graph(functools.partial(empty.post, one), self.device, self.pool)
+                if (k, size) not in bench.cost:
+                    bench.count.fill_(size)
+                    bench.cost[(k, size)] = median_ms(self._latency_graph(bench, k, size).replay, self.device)
+                times.append(bench.cost[(k, size)])
+            whole.append(times)
+            heads.append([0.0 if stage.last else self._head_ms(bench, k, size) for size in sizes])
+        bench.entered = -1
+        box = Mailbox(1, self.device)
+        letter = Graph(functools.partial(box.post, torch.ones(1, dtype=torch.int64, device=self.device)), self.device, self.pool)
 
         def round_trip() -> None:
-            empty.clear()
+            box.clear()
             letter.replay()
-            empty.wait()
+            box.wait()
 
-        heads.append([0.0] * len(sizes))
         head_ms = torch.tensor(heads, dtype=torch.float64)
         segment_ms = (torch.tensor(whole, dtype=torch.float64) - head_ms).clamp(min=0)
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
-        return LatencyTable(tuple(sizes), segment_ms, head_ms, torch.zeros(len(sizes), dtype=torch.float64), time_ms(round_trip), name)
+        return LatencyTable(sizes, segment_ms, head_ms, torch.zeros(len(sizes), dtype=torch.float64), median_ms(round_trip, self.device), name)
+
+    def _head_ms(self, bench: Bench, k: int, size: int) -> float:
+        stage = self.stages[k]
+        hidden, previous = stage.head_inputs(bench.inputs[k + 1])
+        head = self.wrap(stage.net[0].heads[stage.exit])
+        call = functools.partial(head, hidden[:size], tuple(p[:size] for p in previous))
+        return median_ms(Graph(call, self.device, self.pool).replay, self.device)
 
     # Quota ---------------------------------------------------------------------------------------------------------------
 
@@ -278,19 +294,11 @@ class GraphLoop:
         bench.load(0, rows, 0, count)
 
         def call() -> None:
-            held, index, size = bench.view(0, count), bench.index[0][:count], count
-            for k, (stage, run) in enumerate(zip(self.stages, self.run, strict=True)):
-                held, logits, score = run(*held)
-                bench.output.index_copy_(0, index, logits)
-                bench.done.index_fill_(0, index, k)
-                if stage.last or not sizes[k]:
-                    return
-                if sizes[k] < size:
-                    keep = score.topk(sizes[k], largest=False, sorted=False).indices
-                    held, index, size = take(held, stage.after, keep), index[keep], sizes[k]
+            bench.quota[count] = self.pipeline(bench.view(0, count), tuple(sizes))
 
         bench.graph(("quota", count), call).replay()
-        return bench.output[:count].clone(), bench.done[:count].clone()
+        output, done = bench.quota[count]
+        return output.clone(), done.clone()
 
     # Throughput ----------------------------------------------------------------------------------------------------------
 
@@ -308,12 +316,71 @@ def _count(rows: Rows, layout: Layout) -> int:
     return next(int(t.shape[dims[0]]) for t, dims in zip(rows, layout.dims, strict=True) if dims)
 
 
-def _decide(score: Tensor, index: Tensor, count: Tensor, threshold: float, nowhere: int, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Who leaves. Returns the answer slot of each row (``nowhere`` for those that had left before), new positions with the
-    survivors first, the number of survivors, and the stage number for each row."""
-    alive = torch.arange(score.shape[0], device=score.device) < count
+def _latency_step(stage: Stage, threshold: float, k: int, rows: Rows, index: Tensor, count: Tensor, nowhere: int) -> tuple[Any, ...]:
+    """One stage of latency mode on a bucket of which the first ``count`` rows are waiting and the others have left.
+
+    Returns the rows for the next stage, the logits, where each row's answer goes (``nowhere`` for those that had left), new
+    positions with the survivors first, the number of survivors, and the stage number for each row.
+    """
+    after, logits, score = stage(*rows)
+    alive = torch.arange(index.shape[0], device=index.device) < count
+    target = torch.where(alive, index, nowhere)
+    marks = torch.full_like(index, k)
+    if score is None:
+        return after, logits, target, index, count, marks
     stay = alive & (score < threshold)
-    return torch.where(alive, index, nowhere), _rank(stay), stay.sum(), torch.full_like(index, k)
+    kept = stay.to(torch.int64)
+    ahead = kept.cumsum(0)
+    position = torch.where(stay, ahead - 1, ahead[-1] + (1 - kept).cumsum(0) - 1)
+    return after, logits, target, position, ahead[-1], marks
+
+
+def _stream_step(
+    stage: Stage, threshold: float, k: int, stages: int, rows: Rows, ids: Tensor, count: Tensor, following: Tensor, slots: int, dump: int
+) -> tuple[Any, ...]:
+    """One stage of throughput mode on a bucket of its queue.
+
+    ``count`` rows wait here and ``following`` in the next queue. Returns the rows, the logits, the answer slot of each row that
+    leaves (``slots`` for the others), the position of each survivor in the next queue (``dump`` for the others), both counts, and
+    what to write into the ring: ``id * stages + stage``.
+    """
+    after, logits, score = stage(*rows)
+    alive = torch.arange(ids.shape[0], device=ids.device) < count
+    stay = torch.zeros_like(alive) if score is None else alive & (score < threshold)
+    ahead = stay.to(torch.int64).cumsum(0)
+    target = torch.where(alive & ~stay, ids % slots, slots)
+    position = torch.where(stay, following + ahead - 1, dump)
+    return after, logits, target, position, (count - ids.shape[0]).clamp(min=0), following + ahead[-1], ids * stages + k
+
+
+def _quota_pipeline(stages: list[Stage], rows: Rows, sizes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """All stages of quota mode: after stage k the ``sizes[k]`` lowest scores go on. Returns answers and stage numbers."""
+    output: Tensor | None = None
+    done = index = torch.empty(0)
+    for k, stage in enumerate(stages):
+        rows, logits, score = stage(*rows)
+        if output is None:
+            output, index = logits, torch.arange(logits.shape[0], device=logits.device)
+            done = torch.zeros_like(index)
+        else:
+            output, done = output.index_copy(0, index, logits), done.index_copy(0, index, torch.full_like(index, k))
+        if score is None or not sizes[k]:
+            break
+        if sizes[k] < index.shape[0]:
+            keep = lowest(score, sizes[k])
+            rows, index = take(rows, stage.after, keep), index[keep]
+    if output is None:
+        raise InvalidInput("There is no stage to run.")
+    return output, done
+
+
+def lowest(score: Tensor, count: int) -> Tensor:
+    """Indices of the ``count`` lowest scores ``[b]``, ties by position; without a sort, which costs more than a block at small b."""
+    if score.shape[0] > 1024:
+        return score.sort(stable=True).indices[:count]
+    place = torch.arange(score.shape[0], device=score.device)
+    before = (score[None, :] < score[:, None]) | ((score[None, :] == score[:, None]) & (place[None, :] < place[:, None]))
+    return torch.empty_like(place).scatter(0, before.sum(1), place)[:count]
 
 
 class StreamLoop:
@@ -401,27 +468,23 @@ class StreamLoop:
 
     def _graph(self, k: int) -> Graph:
         bench, loop, bucket = self.bench, self.loop, self.bucket
-        stage, run, stages = loop.stages[k], loop.run[k], len(loop.stages)
+        last = loop.stages[k].last
 
         def call() -> None:
-            after, logits, score = run(*bench.view(k, bucket))
             ids = bench.index[k][:bucket]
-            alive = torch.arange(bucket, device=loop.device) < bench.count[k]
-            bench.count[k].sub_(bucket).clamp_(min=0)
-            stay = torch.zeros_like(alive) if stage.last else alive & (score < loop.thresholds[k])
-            target = torch.where(alive & ~stay, ids % bench.slots, bench.slots)
-            if not stage.last:
-                ahead = stay.to(torch.int64).cumsum(0)
-                position = torch.where(stay, bench.count[k + 1] + ahead - 1, bench.rows)
-                bench.count[k + 1].add_(ahead[-1])
+            following = bench.count[0] if last else bench.count[k + 1]
+            made = loop.stream_steps[k](bench.view(k, bucket), ids, bench.count[k], following, bench.slots, bench.rows)
+            after, logits, target, position, here, there, marks = made
+            bench.count[k] = here
+            if not last:
+                bench.count[k + 1] = there
             bench.output.index_copy_(0, target, logits)
-            bench.done.index_copy_(0, target, ids * stages + k)
+            bench.done.index_copy_(0, target, marks)
             self.done_host.copy_(bench.done, non_blocking=True)
             bench.mail.post(bench.count)
-            if not stage.last:
+            if not last:
                 bench.index[k + 1].index_copy_(0, position, ids)
-                for buffer, value, dims in zip(bench.inputs[k + 1], after, stage.after.dims, strict=True):
-                    buffer.index_copy_(dims[0], position, value) if dims else buffer.copy_(value)
+                bench.store(k + 1, position, after)
 
         return bench.graph(("stream", k), call)
 
