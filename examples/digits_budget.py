@@ -18,10 +18,11 @@ def block(inside: int, outside: int, stride: int = 1) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(inside, outside, 3, stride, 1), nn.BatchNorm2d(outside), nn.ReLU())
 
 
-model = nn.Sequential(block(1, 16), block(16, 32, 2), block(32, 32), block(32, 64, 2), block(64, 64), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+blocks = [block(1, 16), block(16, 32, 2), block(32, 32), block(32, 64, 2), block(64, 64)]
+model = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
 
 net = offramp.attach(model, at=["1", "2", "3"], example=images[:2])
-offramp.fit(net, DataLoader(train, 50, shuffle=True), epochs=6, optimizer=lambda parameters: torch.optim.AdamW(parameters, 3e-3), progress=False)
+offramp.fit(net, DataLoader(train, 50, shuffle=True), epochs=6, optimizer=lambda weights: torch.optim.AdamW(weights, 3e-3), progress=False)
 trace = offramp.record(net, DataLoader(calibration, 100), progress=False)
 
 run_images, run_labels = test.tensors

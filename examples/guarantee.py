@@ -15,7 +15,7 @@ train, calibration, test = (TensorDataset(inputs[a:b], labels[a:b]) for a, b in 
 
 layers = [nn.Sequential(nn.Linear(16 if i == 0 else 64, 64), nn.ReLU()) for i in range(6)]
 net = offramp.attach(nn.Sequential(*layers, nn.Linear(64, 4)), at=["0", "2"], example=inputs[:2])
-offramp.fit(net, DataLoader(train, 100, shuffle=True), epochs=8, optimizer=lambda parameters: torch.optim.AdamW(parameters, 3e-3), progress=False)
+offramp.fit(net, DataLoader(train, 100, shuffle=True), epochs=8, optimizer=lambda weights: torch.optim.AdamW(weights, 3e-3), progress=False)
 trace = offramp.record(net, DataLoader(calibration, 500), progress=False)
 unseen = offramp.record(net, DataLoader(test, 500), progress=False)
 

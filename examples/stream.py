@@ -1,4 +1,4 @@
-"""Throughput: inputs arrive a few at a time, each stage runs on full buckets, answers come back in order and do not depend on neighbours."""
+"""Throughput: inputs arrive a few at a time, stages run on full buckets, answers come back in order and depend on no neighbour."""
 
 import time
 

@@ -23,7 +23,7 @@ def batch(rows: int, length: int) -> dict[str, torch.Tensor]:
 example = batch(2, 12)
 example.pop("labels")
 net = offramp.attach(model, at=["bert.encoder.layer.0", "bert.encoder.layer.1", "bert.encoder.layer.2"], example=example)
-offramp.fit(net, [batch(64, 12) for _ in range(40)], epochs=4, optimizer=lambda parameters: torch.optim.AdamW(parameters, 2e-3), progress=False)
+offramp.fit(net, [batch(64, 12) for _ in range(40)], epochs=4, optimizer=lambda weights: torch.optim.AdamW(weights, 2e-3), progress=False)
 trace = offramp.record(net, [batch(200, 12) for _ in range(5)], progress=False)
 print("accuracy of each exit:", [round(float(a), 3) for a in 1 - trace.losses.mean(0)])
 
@@ -35,4 +35,5 @@ for length in (12, 20):  # a length that was never seen
     inputs = batch(32, length)
     labels = inputs.pop("labels")
     answers = run(**inputs)
-    print(f"length {length}: accuracy {(answers.output.argmax(1) == labels).float().mean():.2f}, exits {torch.bincount(answers.exit, minlength=4).tolist()}")
+    accuracy, exits = (answers.output.argmax(1) == labels).float().mean(), torch.bincount(answers.exit, minlength=4).tolist()
+    print(f"length {length}: accuracy {accuracy:.2f}, exits {exits}")
