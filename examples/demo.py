@@ -28,6 +28,7 @@ from offramp.core.bundle import write_json
 from offramp.core.errors import BudgetInfeasible
 from offramp.engines.classify import Runner
 from offramp.measure import compare, environment
+from offramp.measure.clock import median_interval
 from offramp.train import Joint
 
 BATCH, TRAIN_BATCH = 64, 32
@@ -131,7 +132,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("demo_out"), help="folder for the report and the saved parts")
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--width", type=int, default=192)
-    parser.add_argument("--repeats", type=int, default=7, help="timed passes over the test images for each engine")
+    parser.add_argument("--repeats", type=int, default=15, help="timed passes over the test images for each engine")
     parser.add_argument("--result", type=Path, help="also write the numbers as JSON")
     options = parser.parse_args()
     console, begun = Console(), time.perf_counter()
@@ -231,7 +232,7 @@ def main() -> None:
     # Everything in turn, round by round, so that what else the machine does hits all alike.
     functions = full_passes(net, images) | {name: engine_pass(run, images, size) for name, (run, size) in runs.items()}
     timed = compare(functions, warmup=1, repeats=options.repeats)
-    segment_ms = [timed.timings[f"segment {k}"].median_ms for k in range(len(net.names))]
+    segments = torch.tensor([timed.timings[f"segment {k}"].samples_ms for k in range(len(net.names))])  # [K, rounds]
     batches = len(images) / BATCH
     base_ms = timed.timings["full model"].median_ms / batches
     rows, engines = [["full model", f"{base_ms:.2f}", "1.000", "1.000", "-", f"{full_accuracy:.2%}"]], []
@@ -242,7 +243,8 @@ def main() -> None:
         cost = float(torch.cat([a.cost for a in answers[name]]).mean()) / unseen.base_cost
         correct = float((output.argmax(1) == labels).float().mean())
         median = timed.timings[name].median_ms
-        ideal = sum(float((exits >= k).float().mean()) * ms for k, ms in enumerate(segment_ms))
+        reach = torch.tensor([float((exits >= k).float().mean()) for k in range(len(net.names))])
+        efficiency = median_interval(((reach @ segments) / torch.tensor(timed.timings[name].samples_ms)).tolist())
         entry = {
             "name": name,
             "mode": type(run.mode).__name__.lower(),
@@ -250,13 +252,20 @@ def main() -> None:
             "median_ms": median / batches,
             "p95_ms": timed.timings[name].p95_ms / batches,
             "full_ms": base_ms,
-            "exit_efficiency": ideal / median,
+            "exit_efficiency": efficiency.value,
+            "exit_efficiency_95": [efficiency.low, efficiency.high],
             "accuracy": correct,
             "mean_cost": cost,
             "time_ratio": timed.ratios[name].value,
         }
         engines.append(entry)
-        cells = [f"{entry['median_ms']:.2f}", str(timed.ratios[name]), f"{cost:.3f}", f"{entry['exit_efficiency']:.2f}", f"{correct:.2%}"]
+        cells = [
+            f"{entry['median_ms']:.2f}",
+            str(timed.ratios[name]),
+            f"{cost:.3f}",
+            f"{efficiency.value:.2f} [{efficiency.low:.2f}, {efficiency.high:.2f}]",
+            f"{correct:.2%}",
+        ]
         rows.append([name, *cells])
     show(
         console,
