@@ -145,8 +145,9 @@ def demo(page: Path) -> str:
     passes = len(reference["samples_ms"])
     rows = [["full model", f"{result['engines'][0]['full_ms']:.1f}", "1", "1", "-", f"{result['budgets'][0]['full_accuracy']:.2%}"]]
     for run in result["engines"]:
-        cells = [f"{run[key]:.2f}" for key in ("time_ratio", "mean_cost", "exit_efficiency")]
-        rows.append([run["name"], f"{run['median_ms']:.1f}", *cells, f"{run['accuracy']:.2%}"])
+        low, high = run["exit_efficiency_95"]
+        cells = [f"{run['median_ms']:.1f}", f"{run['time_ratio']:.2f}", f"{run['mean_cost']:.2f}"]
+        rows.append([run["name"], *cells, f"{run['exit_efficiency']:.2f} [{low:.2f}, {high:.2f}]", f"{run['accuracy']:.2%}"])
     head = ["engine", f"ms per {result['engines'][0]['batch_size']} images", "time / full", "cost", "exit efficiency", "test accuracy"]
     return table(head, rows) + f"\n\nMedian of {passes} interleaved passes of `make demo` on {machine(result['environment'])}."
 
