@@ -9,6 +9,7 @@ A block is ``<!-- render: NAME -->`` ... ``<!-- end -->``. Figures are never typ
 from __future__ import annotations
 
 import json
+import math
 import re
 import statistics
 import sys
@@ -85,8 +86,10 @@ def svg(lines: Mapping[str, Sequence[tuple[float, float]]], title: str) -> str:
     """Accuracy against cost as a small picture."""
     wide, high, left, right, top, bottom = 720, 400, 64, 190, 40, 52
     ys = [y for points in lines.values() for _, y in points]
-    low, up = min(ys), max(ys)
-    low, up = low - 0.06 * (up - low or 0.01), up + 0.06 * (up - low or 0.01)
+    span = max(ys) - min(ys) or 0.01
+    step = next(s for s in (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2) if span / s <= 6)
+    first, last = math.floor(min(ys) / step), math.ceil(max(ys) / step)
+    low, up = first * step, last * step
     xmax = max(1.05, *(x for points in lines.values() for x, _ in points))
 
     def at(x: float, y: float) -> tuple[float, float]:
@@ -100,10 +103,10 @@ def svg(lines: Mapping[str, Sequence[tuple[float, float]]], title: str) -> str:
         x, _ = at(0.2 * i, low)
         out.append(f'<line x1="{x:.1f}" y1="{top}" x2="{x:.1f}" y2="{high - bottom}" stroke="#eee"/>')
         out.append(f'<text x="{x:.1f}" y="{high - bottom + 18}" text-anchor="middle" fill="#444">{20 * i} %</text>')
-        value = low + (up - low) * i / 5
-        _, y = at(0, value)
+    for i in range(first, last + 1):
+        _, y = at(0, i * step)
         out.append(f'<line x1="{left}" y1="{y:.1f}" x2="{wide - right}" y2="{y:.1f}" stroke="#eee"/>')
-        out.append(f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end" fill="#444">{100 * value:.1f}</text>')
+        out.append(f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end" fill="#444">{100 * i * step:g}</text>')
     middle = (left + wide - right) / 2
     label = "mean cost, share of the full model's FLOPs"
     out.append(f'<text x="{middle:.0f}" y="{high - 12}" text-anchor="middle" fill="#222">{label}</text>')
