@@ -26,6 +26,7 @@ from offramp.core.errors import OfframpWarning
 from offramp.engines.classify import Latency, Quota, Runner, Throughput, compile
 from offramp.engines.graphs import Graph
 from offramp.engines.record import record
+from offramp.exits import MeanPool, PooledLinear, TokenPool
 from offramp.measure.clock import compare, environment
 from offramp.measure.hardware import ceilings
 from offramp.network import MultiExit, attach, never
@@ -124,6 +125,7 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=256)
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--share", type=float, default=0.27)
+    parser.add_argument("--pool", choices=("mean", "token"), default="mean", help="what the linear heads read")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--out", required=True)
     args = parser.parse_args()
@@ -134,13 +136,13 @@ def main() -> None:
     torch.manual_seed(0)
     model = timm.create_model(args.model).eval().to(device, dtype)
     images = inputs(args.items, args.size, device, dtype)
-    net = attach(model, args.exits.split(","), example=images[:2]).eval()
+    net = attach(model, args.exits.split(","), example=images[:2], head=PooledLinear(TokenPool() if args.pool == "token" else MeanPool())).eval()
     plan = equal_shares(net, images, args.share)
     clock = Clock(device, args.repeats)
     environ = environment(device)
     limit = ceilings(device, dtype)
     rows: list[dict[str, Any]] = []
-    done: dict[str, Any] = {"model": args.model, "dtype": args.dtype, "exits": list(net.at), "planned_shares": plan.shares, "environment": environ}
+    done: dict[str, Any] = {"model": args.model, "dtype": args.dtype, "exits": list(net.at), "pool": args.pool, "planned_shares": plan.shares, "environment": environ}
     done["ceilings"] = limit.to_dict()
     done["rows"] = rows
 
@@ -155,37 +157,8 @@ def main() -> None:
         segments[size] = segment_times(net, images[:size], clock)
         print(f"segments at batch {size}: {[round(t, 4) for t in segments[size]]} ms", flush=True)
 
-    for size in (int(b) for b in args.batch.split(",")):
-        torch._dynamo.reset()
-        full = Static(model, (images[:size],))
-        batches = images[: max(size, args.items if size > 1 else min(args.items, 256))].split(size)
-        batches = [b for b in batches if b.shape[0] == size]
-        engines: dict[str, Runner] = {}
-        for name, mode in (("latency", Latency(size)), ("quota", Quota(size))):
-            torch._dynamo.reset()
-            engines[name] = compile(net, plan, mode, drop=False)
-        torch._dynamo.reset()
-        engines["never"] = compile(net, never(net, Confidence()), Latency(size))
-        exits = {name: torch.cat([engine(b).exit for b in batches]) for name, engine in engines.items()}
-        runners: dict[str, Callable[..., Any]] = {"full": full, **engines}
-        samples = clock.passes({n: (lambda r=r, batches=batches: drive(r, batches)) for n, r in runners.items()})
-        waited = clock.passes({n: (lambda r=r, batches=batches: drive(r, batches, clock.sync)) for n, r in runners.items()})
-        flops = net.costs()[1] * size
-        for name, times in samples.items():
-            median = statistics.median(times) / len(batches)
-            row: dict[str, Any] = {"mode": name, "batch": size, "median_ms": median, "samples_ms": [t / len(batches) for t in times]}
-            row["waited_ms"] = statistics.median(waited[name]) / len(batches)
-            if name in exits:
-                reach = [float((exits[name] >= k).float().mean()) for k in range(len(net.names))]
-                ideal = sum(r * t for r, t in zip(reach, segments[size], strict=True))
-                row |= {"reach": [round(r, 4) for r in reach], "ideal_ms": ideal, "exit_efficiency": ideal / median}
-            else:
-                row["floor_ms"] = limit.floor_ms(flops, sum(s.param_bytes for s in net.cut().spec.segments))
-            row["over_full"] = median / (statistics.median(samples["full"]) / len(batches))
-            keep(row)
-
     torch._dynamo.reset()
-    engine = compile(net, plan, Throughput(args.bucket), drop=False)
+    engine = compile(net, plan, Throughput(args.bucket), drop=False, measure=False)
     whole = args.items // args.bucket * args.bucket
     full = Static(model, (images[: args.bucket],))
     functions = {"full": lambda: drive(full, images[:whole].split(args.bucket))}
@@ -216,6 +189,34 @@ def main() -> None:
             }
         )
 
+    for size in (int(b) for b in args.batch.split(",")):
+        torch._dynamo.reset()
+        full = Static(model, (images[:size],))
+        batches = images[: max(size, args.items if size > 1 else min(args.items, 256))].split(size)
+        batches = [b for b in batches if b.shape[0] == size]
+        engines: dict[str, Runner] = {}
+        for name, mode in (("latency", Latency(size)), ("quota", Quota(size))):
+            torch._dynamo.reset()
+            engines[name] = compile(net, plan, mode, drop=False, measure=name == "latency")
+        torch._dynamo.reset()
+        engines["never"] = compile(net, never(net, Confidence()), Latency(size))
+        exits = {name: torch.cat([engine(b).exit for b in batches]) for name, engine in engines.items()}
+        runners: dict[str, Callable[..., Any]] = {"full": full, **engines}
+        samples = clock.passes({n: (lambda r=r, batches=batches: drive(r, batches)) for n, r in runners.items()})
+        waited = clock.passes({n: (lambda r=r, batches=batches: drive(r, batches, clock.sync)) for n, r in runners.items()})
+        flops = net.costs()[1] * size
+        for name, times in samples.items():
+            median = statistics.median(times) / len(batches)
+            row: dict[str, Any] = {"mode": name, "batch": size, "median_ms": median, "samples_ms": [t / len(batches) for t in times]}
+            row["waited_ms"] = statistics.median(waited[name]) / len(batches)
+            if name in exits:
+                reach = [float((exits[name] >= k).float().mean()) for k in range(len(net.names))]
+                ideal = sum(r * t for r, t in zip(reach, segments[size], strict=True))
+                row |= {"reach": [round(r, 4) for r in reach], "ideal_ms": ideal, "exit_efficiency": ideal / median}
+            else:
+                row["floor_ms"] = limit.floor_ms(flops, sum(s.param_bytes for s in net.cut().spec.segments))
+            row["over_full"] = median / (statistics.median(samples["full"]) / len(batches))
+            keep(row)
 
 if __name__ == "__main__":
     main()

@@ -15,7 +15,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,24 +25,30 @@ from offramp.core.batches import unpack_batch
 from offramp.core.certificate import Plan
 from offramp.core.errors import InvalidInput, NoEffectWarning, NoSavingWarning
 from offramp.core.trace import LatencyTable
-from offramp.engines.graphs import GraphLoop, StreamLoop, lowest
+from offramp.engines.graphs import GraphLoop, StreamLoop, ascending
 from offramp.engines.profile import interpolate, median_ms, worthwhile
 from offramp.engines.stages import Layout, Rows, Stage, begin, exit_costs, join, make_stages, take
 from offramp.network import MultiExit
 
 
-class Answers(NamedTuple):
+@dataclass(frozen=True)
+class Answers:
     """What an engine returns for a batch.
 
     Attributes:
         output: ``[B, C]`` logits of the exit at which each row left.
         exit: ``[B]`` int64 index of that exit; K - 1 is the model's own output.
-        cost: ``[B]`` float64 FLOPs spent on each row.
+        exit_cost: ``[K]`` float64 FLOPs spent on a row that leaves at each exit.
     """
 
     output: Tensor
     exit: Tensor
-    cost: Tensor
+    exit_cost: Tensor
+
+    @property
+    def cost(self) -> Tensor:
+        """``[B]`` float64 FLOPs spent on each row; looked up when asked for, so that an answer does not wait for it."""
+        return self.exit_cost[self.exit]
 
 
 @dataclass(frozen=True)
@@ -131,12 +137,10 @@ class Runner:
             if self.loop is not None:
                 key, rows, layout, count = self._enter(args, kwargs)
                 if not count:
-                    return self._answers(torch.empty(0, self.net.num_outputs, device=self.net.device), torch.empty(0, dtype=torch.int64, device=self.net.device))
+                    return self._nothing()
                 if isinstance(self.mode, Quota):
-                    output, stage = self.loop.quota(key, rows, layout, count, quota_sizes(self.stage_shares(), count))
-                else:
-                    output, stage = self.loop.latency(key, rows, layout, count)
-                return Answers(output, self._stage_exit[stage], self._stage_cost[stage])
+                    return self._answers(*self.loop.quota(key, rows, layout, count, quota_sizes(self.stage_shares(), count)))
+                return self._answers(*self.loop.latency(key, rows, layout, count))
             args, kwargs = self._place(args, kwargs)
             return self._quota(args, kwargs) if isinstance(self.mode, Quota) else self._latency(args, kwargs)
 
@@ -179,7 +183,7 @@ class Runner:
         rows, layout, two = begin(self.net, self.plan, example.args, example.kwargs)
         key = signature(rows, layout)
         rows = take(rows, layout, torch.arange(size, device=self.net.device) % two)
-        measured = self.loop.measure(key, rows, layout, size)
+        measured = self.loop.measure(key, rows, layout, size, warm=isinstance(self.mode, Latency))
         # The table is per segment; a stage of several segments has its time at the last of them.
         segment, head = torch.zeros(2, len(self.plan.exits), len(measured.batch_sizes), dtype=torch.float64)
         for k, stage in enumerate(self.stages):
@@ -198,8 +202,7 @@ class Runner:
         return shares
 
     def __post_init__(self) -> None:
-        self._stage_exit = torch.tensor([s.exit for s in self.stages], device=self.net.device)
-        self._stage_cost = self.costs.to(self.net.device)[self._stage_exit]
+        self._exit_cost = self.costs.to(self.net.device)
 
     def _place(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         device, dtype = self.net.device, self.net.dtype
@@ -213,7 +216,12 @@ class Runner:
         return placed[0], placed[1]
 
     def _answers(self, output: Tensor, exits: Tensor) -> Answers:
-        return Answers(output, exits, self.costs.to(exits.device)[exits])
+        return Answers(output, exits, self._exit_cost)
+
+    def _nothing(self) -> Answers:
+        """Answers for a batch without rows."""
+        device = self.net.device
+        return self._answers(torch.empty(0, self.net.num_outputs, device=device, dtype=self.net.dtype), torch.empty(0, dtype=torch.int64, device=device))
 
     def _threshold(self, stage: Stage) -> float:
         return self.plan.thresholds[stage.exit]
@@ -279,7 +287,7 @@ class Runner:
             output[index] = logits
             if stage.last:
                 break
-            keep = lowest(score, sizes[number])
+            keep = ascending(score)[: sizes[number]]
             exits[index] = stage.exit
             exits[index[keep]] = len(self.plan.exits) - 1
             if not keep.numel():
@@ -361,23 +369,19 @@ class _Assembly:
             whole.append(self.sizes.pop(0))
         if not whole:
             return
-        output, stage = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*self.pieces, strict=True)) if self.pieces else self._none()
         taken = sum(whole)
-        self.pieces = [(output[taken:], stage[taken:])] if taken < self.held else []
+        if not taken:
+            yield from (self.runner._nothing() for _ in whole)
+            return
+        output, exits = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*self.pieces, strict=True))
+        self.pieces = [(output[taken:], exits[taken:])] if taken < self.held else []
         self.held -= taken
-        exits, cost = self.runner._stage_exit[stage[:taken]], self.runner._stage_cost[stage[:taken]]
-        yield from (Answers(*parts) for parts in zip(output[:taken].split(whole), exits.split(whole), cost.split(whole), strict=True))
+        yield from (self.runner._answers(*parts) for parts in zip(output[:taken].split(whole), exits[:taken].split(whole), strict=True))
 
     def empty_batches(self) -> Iterator[Answers]:
         """What is left when no row is waiting: batches without rows."""
-        for _ in self.sizes:
-            output, stage = self._none()
-            yield Answers(output, self.runner._stage_exit[stage], self.runner._stage_cost[stage])
+        yield from (self.runner._nothing() for _ in self.sizes)
         self.sizes.clear()
-
-    def _none(self) -> tuple[Tensor, Tensor]:
-        device = self.runner.net.device
-        return torch.empty(0, self.runner.net.num_outputs, device=device), torch.empty(0, dtype=torch.int64, device=device)
 
 
 class _Stream:
@@ -479,10 +483,8 @@ class _Stream:
     def finished(self) -> Iterator[Answers]:
         while self.next_out < len(self.spans) and self.results[self.next_out][2] == 0:
             output, exits, _ = self.results.pop(self.next_out)
-            if output is None:
-                output = torch.empty(0, self.runner.net.num_outputs, device=exits.device)
             self.next_out += 1
-            yield self.runner._answers(output, exits)
+            yield self.runner._nothing() if output is None else self.runner._answers(output, exits)
 
 
 def signature(rows: Rows, layout: Layout) -> Any:
@@ -600,7 +602,7 @@ def compile(  # noqa: A001 - the verb, as in torch.compile
             runner.dropped = {
                 net.at[k]: f"checking it costs more than the {plan.shares[k]:.1%} leaving there save at batch size {size}" for k in losing
             }
-            if runner.loop is not None and any(runner.decide):
+            if runner.loop is not None and any(runner.decide) and isinstance(mode, Latency):
                 runner.loop_table(size)
         if losing and len(losing) == sum(decide):
             kept = "the model runs as it is" if runner.dropped else "they are kept, as asked or because the guarantee is about exactly these exits"

@@ -117,6 +117,7 @@ class Bench:
         self.count = torch.zeros(len(loop.stages), dtype=torch.int64, device=device)
         self.mail = Mailbox(len(loop.stages), device)
         self.entered = -1  # rows that count[0] says
+        self.begun = 0  # rows whose initial rule state is in place
         self.quota: dict[int, tuple[Tensor, Tensor]] = {}  # where the graph of a batch size leaves its answers
         self.sizes: list[tuple[int, ...]] = [buckets(rows, reach) for reach in loop.reach]
 
@@ -137,11 +138,13 @@ class Bench:
         layout = self.loop.stages[stage].before
         return tuple(t.narrow(dims[0], 0, size) if len(dims) == 1 else t for t, dims in zip(self.inputs[stage], layout.dims, strict=True))
 
-    def load(self, stage: int, rows: Rows, start: int, count: int) -> None:
-        """Copy rows into a stage's buffer."""
-        layout = self.loop.stages[stage].before
-        for buffer, value, dims in zip(self.inputs[stage], rows, layout.dims, strict=True):
-            (buffer.narrow(dims[0], start, count) if len(dims) == 1 else buffer).copy_(value, non_blocking=True)
+    def load(self, rows: Rows, count: int) -> None:
+        """Copy rows into the first buffers. The rule's initial state is the same for every batch and is copied once."""
+        layout = self.loop.stages[0].before
+        inputs = len(layout.live) if self.begun >= count else len(rows)
+        for buffer, value, dims in zip(self.inputs[0][:inputs], rows, layout.dims, strict=False):
+            (buffer.narrow(dims[0], 0, count) if dims else buffer).copy_(value, non_blocking=True)
+        self.begun = max(self.begun, count)
 
     def store(self, stage: int, position: Tensor, rows: Rows) -> None:
         """Scatter rows to their positions in a stage's buffer; part of a graph."""
@@ -182,8 +185,9 @@ class GraphLoop:
         self.stages, self.thresholds, self.reach, self.device = stages, thresholds, reach, device
         self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         self.compiled = compiled
-        self.steps = [self.wrap(functools.partial(_latency_step, stage, threshold, k)) for k, (stage, threshold) in enumerate(zip(stages, thresholds, strict=True))]
-        self.stream_steps = [self.wrap(functools.partial(_stream_step, stage, threshold, k, len(stages))) for k, (stage, threshold) in enumerate(zip(stages, thresholds, strict=True))]
+        self.exits = stages[-1].exit + 1
+        self.steps = [self.wrap(functools.partial(_latency_step, stage, threshold)) for stage, threshold in zip(stages, thresholds, strict=True)]
+        self.stream_steps = [self.wrap(functools.partial(_stream_step, stage, threshold, self.exits)) for stage, threshold in zip(stages, thresholds, strict=True)]
         self.pipeline = self.wrap(functools.partial(_quota_pipeline, stages))
         self.benches: dict[Any, Bench] = {}
         self.streams: dict[Any, StreamLoop] = {}
@@ -202,9 +206,9 @@ class GraphLoop:
     # Latency -------------------------------------------------------------------------------------------------------------
 
     def latency(self, key: Any, rows: Rows, layout: Layout, count: int) -> tuple[Tensor, Tensor]:
-        """Answers ``[B, C]`` and stage numbers ``[B]`` of one batch."""
+        """Answers ``[B, C]`` and exits ``[B]`` of one batch."""
         bench = self.bench(key, rows, layout, count, count)
-        bench.load(0, rows, 0, count)
+        bench.load(rows, count)
         if bench.entered != count:
             bench.count[0] = bench.entered = count
         left = count
@@ -237,7 +241,7 @@ class GraphLoop:
 
         def alone() -> None:  # a single stage: every row leaves here, in place
             bench.output = self.steps[0](bench.view(0, bucket), bench.index[0][:bucket], bench.count[0], bench.slots)[1]
-            bench.done.zero_()
+            bench.done.fill_(self.exits - 1)
 
         return bench.graph(("latency", k, bucket), call if len(self.stages) > 1 else alone)
 
@@ -249,12 +253,16 @@ class GraphLoop:
                 bench.cost[(k, bucket)] = median_ms(self._latency_graph(bench, k, bucket).replay, self.device)
         bench.entered = -1
 
-    def measure(self, key: Any, rows: Rows, layout: Layout, count: int) -> LatencyTable:
-        """Times of the captured stages at ``count`` rows. ``segment_ms`` is a stage less its head, moving survivors included."""
+    def measure(self, key: Any, rows: Rows, layout: Layout, count: int, warm: bool) -> LatencyTable:
+        """Times of the captured stages at ``count`` rows. ``segment_ms`` is a stage less its head, moving survivors included.
+
+        With ``warm``, every size that latency mode is likely to need is captured and timed too.
+        """
         bench = self.bench(key, rows, layout, count, count)
-        bench.load(0, rows, 0, count)
-        self.warm(bench)
-        sizes = tuple(sorted({1, count}))
+        bench.load(rows, count)
+        if warm:
+            self.warm(bench)
+        sizes = (count,)
         whole, heads = [], []
         for k, stage in enumerate(self.stages):
             times = []
@@ -289,9 +297,9 @@ class GraphLoop:
     # Quota ---------------------------------------------------------------------------------------------------------------
 
     def quota(self, key: Any, rows: Rows, layout: Layout, count: int, sizes: list[int]) -> tuple[Tensor, Tensor]:
-        """Answers and stage numbers of one batch; ``sizes[k]`` rows go on after stage k. One graph, no wait for the host."""
+        """Answers and exits of one batch; ``sizes[k]`` rows go on after stage k. One graph, no wait for the host."""
         bench = self.bench(key, rows, layout, count, count)
-        bench.load(0, rows, 0, count)
+        bench.load(rows, count)
 
         def call() -> None:
             bench.quota[count] = self.pipeline(bench.view(0, count), tuple(sizes))
@@ -316,16 +324,16 @@ def _count(rows: Rows, layout: Layout) -> int:
     return next(int(t.shape[dims[0]]) for t, dims in zip(rows, layout.dims, strict=True) if dims)
 
 
-def _latency_step(stage: Stage, threshold: float, k: int, rows: Rows, index: Tensor, count: Tensor, nowhere: int) -> tuple[Any, ...]:
+def _latency_step(stage: Stage, threshold: float, rows: Rows, index: Tensor, count: Tensor, nowhere: int) -> tuple[Any, ...]:
     """One stage of latency mode on a bucket of which the first ``count`` rows are waiting and the others have left.
 
     Returns the rows for the next stage, the logits, where each row's answer goes (``nowhere`` for those that had left), new
-    positions with the survivors first, the number of survivors, and the stage number for each row.
+    positions with the survivors first, the number of survivors, and the exit for each row.
     """
     after, logits, score = stage(*rows)
     alive = torch.arange(index.shape[0], device=index.device) < count
     target = torch.where(alive, index, nowhere)
-    marks = torch.full_like(index, k)
+    marks = torch.full_like(index, stage.exit)
     if score is None:
         return after, logits, target, index, count, marks
     stay = alive & (score < threshold)
@@ -336,13 +344,13 @@ def _latency_step(stage: Stage, threshold: float, k: int, rows: Rows, index: Ten
 
 
 def _stream_step(
-    stage: Stage, threshold: float, k: int, stages: int, rows: Rows, ids: Tensor, count: Tensor, following: Tensor, slots: int, dump: int
+    stage: Stage, threshold: float, exits: int, rows: Rows, ids: Tensor, count: Tensor, following: Tensor, slots: int, dump: int
 ) -> tuple[Any, ...]:
     """One stage of throughput mode on a bucket of its queue.
 
     ``count`` rows wait here and ``following`` in the next queue. Returns the rows, the logits, the answer slot of each row that
     leaves (``slots`` for the others), the position of each survivor in the next queue (``dump`` for the others), both counts, and
-    what to write into the ring: ``id * stages + stage``.
+    what to write into the ring: ``id * exits + exit``.
     """
     after, logits, score = stage(*rows)
     alive = torch.arange(ids.shape[0], device=ids.device) < count
@@ -350,43 +358,54 @@ def _stream_step(
     ahead = stay.to(torch.int64).cumsum(0)
     target = torch.where(alive & ~stay, ids % slots, slots)
     position = torch.where(stay, following + ahead - 1, dump)
-    return after, logits, target, position, (count - ids.shape[0]).clamp(min=0), following + ahead[-1], ids * stages + k
+    return after, logits, target, position, (count - ids.shape[0]).clamp(min=0), following + ahead[-1], ids * exits + stage.exit
 
 
 def _quota_pipeline(stages: list[Stage], rows: Rows, sizes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """All stages of quota mode: after stage k the ``sizes[k]`` lowest scores go on. Returns answers and stage numbers."""
-    output: Tensor | None = None
-    done = index = torch.empty(0)
+    """All stages of quota mode: after stage k the ``sizes[k]`` lowest scores go on. Returns answers and exits.
+
+    Leavers' answers are put in place once, at the end: what is not on the way to the next stage does not delay it.
+    """
+    answers: list[Tensor] = []
+    places: list[Tensor] = []
+    marks: list[Tensor] = []
+    index: Tensor | None = None
     for k, stage in enumerate(stages):
         rows, logits, score = stage(*rows)
-        if output is None:
-            output, index = logits, torch.arange(logits.shape[0], device=logits.device)
-            done = torch.zeros_like(index)
+        index = torch.arange(logits.shape[0], device=logits.device) if index is None else index
+        staying = 0 if score is None else sizes[k]
+        if score is None or staying == 0:
+            left = index
+        elif staying == index.shape[0]:
+            continue
         else:
-            output, done = output.index_copy(0, index, logits), done.index_copy(0, index, torch.full_like(index, k))
-        if score is None or not sizes[k]:
-            break
-        if sizes[k] < index.shape[0]:
-            keep = lowest(score, sizes[k])
+            order = ascending(score)
+            gone, keep = order[staying:], order[:staying]
+            left, logits = index[gone], logits[gone]
             rows, index = take(rows, stage.after, keep), index[keep]
-    if output is None:
-        raise InvalidInput("There is no stage to run.")
-    return output, done
+        answers.append(logits)
+        places.append(left)
+        marks.append(torch.full_like(left, stage.exit))
+        if staying == 0:
+            break
+    place = torch.cat(places)
+    output = torch.cat(answers)
+    return torch.zeros_like(output).index_copy(0, place, output), torch.zeros_like(place).index_copy(0, place, torch.cat(marks))
 
 
-def lowest(score: Tensor, count: int) -> Tensor:
-    """Indices of the ``count`` lowest scores ``[b]``, ties by position; without a sort, which costs more than a block at small b."""
+def ascending(score: Tensor) -> Tensor:
+    """Indices that sort scores ``[b]``, ties by position. Counting beats a sort, which costs as much as a block at small b."""
     if score.shape[0] > 1024:
-        return score.sort(stable=True).indices[:count]
+        return score.sort(stable=True).indices
     place = torch.arange(score.shape[0], device=score.device)
     before = (score[None, :] < score[:, None]) | ((score[None, :] == score[:, None]) & (place[None, :] < place[:, None]))
-    return torch.empty_like(place).scatter(0, before.sum(1), place)[:count]
+    return torch.empty_like(place).scatter(0, before.sum(1), place)
 
 
 class StreamLoop:
     """A throughput run: one queue per stage at a fixed address, filled by position counters on the device.
 
-    Row ids count up; answers lie in a ring of slots. A finished row writes ``id * stages + stage`` into the ring, so that the host
+    Row ids count up; answers lie in a ring of slots. A finished row writes ``id * exits + exit`` into the ring, so that the host
     knows from one asynchronous copy which rows of which lap are done.
     """
 
@@ -513,22 +532,22 @@ class StreamLoop:
 
     def finished(self) -> Iterator[tuple[int, int]]:
         """``(first, end)`` of the rows that are done and not yet returned, if there are any: one span."""
-        stages, slots, view = len(self.loop.stages), self.bench.slots, self.done_view
+        exits, slots, view = self.loop.exits, self.bench.slots, self.done_view
         end = self.next_out
         stop = self.next_id - self.waiting
-        while end < stop and view[end % slots] // stages == end:
+        while end < stop and view[end % slots] // exits == end:
             end += 1
         if end > self.next_out:
             yield self.next_out, end
 
     def collect(self, first: int, end: int) -> tuple[Tensor, Tensor]:
-        """Answers and stage numbers of finished rows; frees their slots."""
-        slots, stages = self.bench.slots, len(self.loop.stages)
+        """Answers and exits of finished rows; frees their slots."""
+        slots, exits = self.bench.slots, self.loop.exits
         self.next_out = end
         low, high = first % slots, (end - 1) % slots + 1
         if low < high:
-            return self.bench.output[low:high].clone(), self.bench.done[low:high] % stages
+            return self.bench.output[low:high].clone(), self.bench.done[low:high] % exits
         return (
             torch.cat([self.bench.output[low:slots], self.bench.output[:high]]),
-            torch.cat([self.bench.done[low:slots], self.bench.done[:high]]) % stages,
+            torch.cat([self.bench.done[low:slots], self.bench.done[:high]]) % exits,
         )
