@@ -136,20 +136,32 @@ def main() -> None:
     torch.manual_seed(0)
     model = timm.create_model(args.model).eval().to(device, dtype)
     images = inputs(args.items, args.size, device, dtype)
-    net = attach(model, args.exits.split(","), example=images[:2], head=PooledLinear(TokenPool() if args.pool == "token" else MeanPool())).eval()
+    net = attach(
+        model, args.exits.split(","), example=images[:2], head=PooledLinear(TokenPool() if args.pool == "token" else MeanPool())
+    ).eval()
     plan = equal_shares(net, images, args.share)
     clock = Clock(device, args.repeats)
     environ = environment(device)
     limit = ceilings(device, dtype)
     rows: list[dict[str, Any]] = []
-    done: dict[str, Any] = {"model": args.model, "dtype": args.dtype, "exits": list(net.at), "pool": args.pool, "planned_shares": plan.shares, "environment": environ}
+    done: dict[str, Any] = {
+        "model": args.model,
+        "dtype": args.dtype,
+        "exits": list(net.at),
+        "pool": args.pool,
+        "planned_shares": plan.shares,
+        "environment": environ,
+    }
     done["ceilings"] = limit.to_dict()
     done["rows"] = rows
 
     def keep(row: dict[str, Any]) -> None:
         rows.append(row)
         write_json(args.out, done)
-        print("  ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items() if not k.endswith("samples_ms")), flush=True)
+        print(
+            "  ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items() if not k.endswith("samples_ms")),
+            flush=True,
+        )
 
     warnings.simplefilter("ignore", OfframpWarning)
     segments: dict[int, list[float]] = {}
@@ -217,6 +229,7 @@ def main() -> None:
                 row["floor_ms"] = limit.floor_ms(flops, sum(s.param_bytes for s in net.cut().spec.segments))
             row["over_full"] = median / (statistics.median(samples["full"]) / len(batches))
             keep(row)
+
 
 if __name__ == "__main__":
     main()

@@ -22,7 +22,7 @@ from offramp.core.certificate import Plan
 from offramp.core.errors import ArtifactError, FingerprintMismatch, InvalidInput, NotCuttable
 from offramp.core.flops import count_flops
 from offramp.core.parts import part_from_dict, part_to_dict
-from offramp.core.protocols import Head, HeadSpec, Rule
+from offramp.core.protocols import HeadSpec, Rule
 from offramp.core.system import System
 from offramp.exits import Evenly, PooledLinear
 from offramp.exits.placement import Placement
@@ -76,7 +76,9 @@ def as_example(example: Any) -> Example:
         args, kwargs = (example,), {}
     elif isinstance(example, Mapping):
         args, kwargs = (), dict(example)
-    elif isinstance(example, tuple | list) and len(example) == 2 and isinstance(example[0], tuple | list) and isinstance(example[1], Mapping):
+    elif (
+        isinstance(example, tuple | list) and len(example) == 2 and isinstance(example[0], tuple | list) and isinstance(example[1], Mapping)
+    ):
         args, kwargs = tuple(example[0]), dict(example[1])
     elif isinstance(example, tuple | list):
         args, kwargs = tuple(example), {}
@@ -125,7 +127,13 @@ class MultiExit(nn.Module):
     """
 
     def __init__(
-        self, model: nn.Module, exits: Sequence[Exit], heads: Sequence[nn.Module], example: Example, select: Callable[[Any], Tensor], system: System | None
+        self,
+        model: nn.Module,
+        exits: Sequence[Exit],
+        heads: Sequence[nn.Module],
+        example: Example,
+        select: Callable[[Any], Tensor],
+        system: System | None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -166,7 +174,8 @@ class MultiExit(nn.Module):
         cut_off = [p for p, s in zip(self.at, states, strict=True) if not s.requires_grad and _trains(self.model.get_submodule(p))]
         if torch.is_grad_enabled() and final.requires_grad and cut_off:
             raise InvalidInput(
-                f"The states at {cut_off} have no gradient although their modules are being trained: reentrant gradient checkpointing cuts it off. "
+                f"The states at {cut_off} have no gradient although their modules are being trained: reentrant gradient checkpointing "
+                "cuts it off. "
                 "Use gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})."
             )
         return (*self.read(states), final), states
@@ -216,7 +225,8 @@ class MultiExit(nn.Module):
             "base": type(self.model).__qualname__,
             "fingerprint": self.fingerprint(),
             "exits": [
-                {"name": e.name, "head": part_to_dict(e.spec), "hidden_shape": list(e.hidden_shape), "head_flops": e.head_flops} for e in self.exits
+                {"name": e.name, "head": part_to_dict(e.spec), "hidden_shape": list(e.hidden_shape), "head_flops": e.head_flops}
+                for e in self.exits
             ],
             "num_outputs": self.num_outputs,
             "system": self.system.card.name if self.system else None,
@@ -270,7 +280,8 @@ def attach(
 
     Example:
         >>> import torch, offramp
-        >>> model = torch.nn.Sequential(*[torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU()) for _ in range(4)], torch.nn.Linear(8, 3))
+        >>> blocks = [torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU()) for _ in range(4)]
+        >>> model = torch.nn.Sequential(*blocks, torch.nn.Linear(8, 3))
         >>> net = offramp.attach(model, at=["1"], example=torch.randn(2, 8))
         >>> [tuple(logits.shape) for logits in net(torch.randn(5, 8))]
         [(5, 3), (5, 3)]
@@ -348,7 +359,14 @@ def _dynamic_length(example: Example) -> set[int]:
     }
 
 
-def load(model: nn.Module, folder: str | os.PathLike[str], *, example: Any, select: Callable[[Any], Tensor] = answer, system: System | None = None) -> MultiExit:
+def load(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    example: Any,
+    select: Callable[[Any], Tensor] = answer,
+    system: System | None = None,
+) -> MultiExit:
     """Attach saved exits to the model they were trained on.
 
     Args:
@@ -377,8 +395,8 @@ def load(model: nn.Module, folder: str | os.PathLike[str], *, example: Any, sele
         model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
     elif (found := fingerprint(model)) != expected:
         raise FingerprintMismatch(
-            f"The exits in {folder} were trained on a {content.get('base')} with fingerprint {expected[:12]}...; this {type(model).__qualname__} "
-            f"has {found[:12]}.... Load the weights the exits were trained on, or attach and fit new ones."
+            f"The exits in {folder} were trained on a {content.get('base')} with fingerprint {expected[:12]}...; "
+            f"this {type(model).__qualname__} has {found[:12]}.... Load the weights the exits were trained on, or attach and fit new ones."
         )
     net = attach(model, paths, example=example, head=specs, select=select, system=system, num_outputs=num_outputs)
     try:

@@ -38,7 +38,7 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def write_atomic(path: str | os.PathLike[str], write: Callable[[Path], None]) -> None:
+def write_atomic(path: str | os.PathLike[str], write: Callable[[Path], object]) -> None:
     """Call ``write`` on a temporary file beside ``path``, flush it to disk and rename it over ``path``.
 
     Readers see the old file or the new one, never a part of either, also when the process is killed.
@@ -62,7 +62,7 @@ def write_atomic(path: str | os.PathLike[str], write: Callable[[Path], None]) ->
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write UTF-8 text atomically."""
-    write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8") and None)
+    write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def write_json(path: str | os.PathLike[str], data: Any) -> None:

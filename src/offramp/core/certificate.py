@@ -127,7 +127,8 @@ class Plan:
 
     def __str__(self) -> str:
         rows = "\n".join(
-            f"  {name:<24} threshold {t:>10.4g}   share {s:6.1%}" for name, t, s in zip(self.exits, self.thresholds, self.shares, strict=True)
+            f"  {name:<24} threshold {t:>10.4g}   share {s:6.1%}"
+            for name, t, s in zip(self.exits, self.thresholds, self.shares, strict=True)
         )
         head = f"Plan: {type(self.rule).__name__}, mean cost {self.mean_cost:.3f} of the full model\n{rows}"
         return head if self.certificate is None else f"{head}\n{self.certificate}"

@@ -26,29 +26,10 @@ from offramp.core.certificate import Plan
 from offramp.core.errors import InvalidInput, NoEffectWarning, NoSavingWarning
 from offramp.core.trace import LatencyTable
 from offramp.engines.graphs import GraphLoop, StreamLoop, ascending
-from offramp.engines.profile import interpolate, median_ms, worthwhile
-from offramp.engines.stages import Layout, Rows, Stage, begin, exit_costs, join, make_stages, take
+from offramp.engines.profile import interpolate, measure_table, worthwhile
+from offramp.engines.queues import Answers, Assembly, Queues
+from offramp.engines.stages import Layout, Rows, Stage, begin, exit_costs, make_stages, signature, take
 from offramp.network import MultiExit
-
-
-@dataclass(frozen=True)
-class Answers:
-    """What an engine returns for a batch.
-
-    Attributes:
-        output: ``[B, C]`` logits of the exit at which each row left.
-        exit: ``[B]`` int64 index of that exit; K - 1 is the model's own output.
-        exit_cost: ``[K]`` float64 FLOPs spent on a row that leaves at each exit.
-    """
-
-    output: Tensor
-    exit: Tensor
-    exit_cost: Tensor
-
-    @property
-    def cost(self) -> Tensor:
-        """``[B]`` float64 FLOPs spent on each row; looked up when asked for, so that an answer does not wait for it."""
-        return self.exit_cost[self.exit]
 
 
 @dataclass(frozen=True)
@@ -95,7 +76,8 @@ Mode = Latency | Throughput | Quota
 
 def quota_sizes(shares: Sequence[float], batch: int) -> list[int]:
     """Rows left after each exit, ``round(batch * (1 - cumulative share))``, never rising; one entry per early exit."""
-    left, sizes = 1.0, []
+    left = 1.0
+    sizes: list[int] = []
     for share in shares[:-1]:
         left -= share
         sizes.append(max(0, min(round(batch * left), sizes[-1] if sizes else batch)))
@@ -137,7 +119,7 @@ class Runner:
             if self.loop is not None:
                 key, rows, layout, count = self._enter(args, kwargs)
                 if not count:
-                    return self._nothing()
+                    return self._answers(None, None)
                 if isinstance(self.mode, Quota):
                     return self._answers(*self.loop.quota(key, rows, layout, count, quota_sizes(self.stage_shares(), count)))
                 return self._answers(*self.loop.latency(key, rows, layout, count))
@@ -151,7 +133,7 @@ class Runner:
             batches: what a data loader yields (labels are ignored), or ``(args, kwargs)`` pairs.
         """
         if isinstance(self.mode, Throughput):
-            yield from self._throughput(batches)
+            yield from self._throughput(self.mode, batches)
             return
         for batch in batches:
             args, kwargs = _inputs(batch)
@@ -192,7 +174,8 @@ class Runner:
 
     def stage_shares(self) -> list[float]:
         """Expected share leaving at the end of each stage; what a dropped exit would have let go leaves later."""
-        shares, waiting = [], 0.0
+        shares: list[float] = []
+        waiting = 0.0
         ends = {s.exit for s in self.stages}
         for k, share in enumerate(self.plan.shares):
             waiting += share
@@ -215,13 +198,13 @@ class Runner:
         placed = tree_map(move, (tuple(args), dict(kwargs)))
         return placed[0], placed[1]
 
-    def _answers(self, output: Tensor, exits: Tensor) -> Answers:
+    def _answers(self, output: Tensor | None, exits: Tensor | None) -> Answers:
+        """Answers from outputs and exits; from ``None`` those of a batch without rows."""
+        if output is None or exits is None:
+            device = self.net.device
+            output = torch.empty(0, self.net.num_outputs, device=device, dtype=self.net.dtype)
+            exits = torch.empty(0, dtype=torch.int64, device=device)
         return Answers(output, exits, self._exit_cost)
-
-    def _nothing(self) -> Answers:
-        """Answers for a batch without rows."""
-        device = self.net.device
-        return self._answers(torch.empty(0, self.net.num_outputs, device=device, dtype=self.net.dtype), torch.empty(0, dtype=torch.int64, device=device))
 
     def _threshold(self, stage: Stage) -> float:
         return self.plan.thresholds[stage.exit]
@@ -240,9 +223,11 @@ class Runner:
             if stage.last:
                 if waiting is None and index.numel() == count:
                     return self._answers(logits, exits)
-                kept = slice(None) if waiting is None else waiting
+                kept = torch.ones_like(index, dtype=torch.bool) if waiting is None else waiting
                 output[index[kept]] = logits[kept]
                 break
+            if score is None:
+                raise InvalidInput("Only the last stage may end without a score.")
             leaving = score >= self._threshold(stage)
             if waiting is not None:
                 leaving &= waiting
@@ -287,7 +272,7 @@ class Runner:
             output[index] = logits
             if stage.last:
                 break
-            keep = ascending(score)[: sizes[number]]
+            keep = ascending(score)[: sizes[number]] if score is not None else index
             exits[index] = stage.exit
             exits[index[keep]] = len(self.plan.exits) - 1
             if not keep.numel():
@@ -295,17 +280,17 @@ class Runner:
             rows, index = take(rows, stage.after, keep), index[keep]
         return self._answers(output, exits)
 
-    def _graph_throughput(self, batches: Iterable[Any]) -> Iterator[Answers]:
+    def _graph_throughput(self, loop: GraphLoop, mode: Throughput, batches: Iterable[Any]) -> Iterator[Answers]:
         """Throughput mode over captured graphs. A batch of another signature waits until the queues are empty."""
         run: StreamLoop | None = None
         current: Any = None
-        waiting = _Assembly(self)
+        waiting = Assembly(self._answers)
         for batch in batches:
             with torch.inference_mode():
                 key, rows, layout, count = self._enter(*_inputs(batch))
                 if count and key != current:
                     yield from self._drain(run, waiting)
-                    run, current = self.loop.stream(key, rows, layout, self.mode.bucket, self.mode.backlog), key
+                    run, current = loop.stream(key, rows, layout, mode.bucket, mode.backlog), key
                 waiting.expect(count)
                 if run is None or not count:
                     continue
@@ -315,24 +300,23 @@ class Runner:
         with torch.inference_mode():
             yield from self._drain(run, waiting)
 
-    def _drain(self, run: StreamLoop | None, waiting: _Assembly) -> Iterator[Answers]:
+    def _drain(self, run: StreamLoop | None, waiting: Assembly) -> Iterator[Answers]:
         while run is not None and run.unfinished:
             if not run.step(drain=True):
                 run.finish()
             yield from waiting.collect(run)
         yield from waiting.empty_batches()
 
-    def _throughput(self, batches: Iterable[Any]) -> Iterator[Answers]:
+    def _throughput(self, mode: Throughput, batches: Iterable[Any]) -> Iterator[Answers]:
         if self.loop is not None:
-            yield from self._graph_throughput(batches)
+            yield from self._graph_throughput(self.loop, mode, batches)
             return
-        bucket = self.mode.bucket
-        limit = bucket * self.mode.backlog
-        stream = _Stream(self, bucket)
+        limit = mode.bucket * mode.backlog
+        stream = Queues(self.stages, [self._threshold(s) for s in self.stages], mode.bucket, self._answers)
         for batch in batches:
             args, kwargs = self._place(*_inputs(batch))
             with torch.inference_mode():
-                stream.admit(args, kwargs)
+                stream.admit(*begin(self.net, self.plan, args, kwargs))
                 while stream.run_full() or (stream.unfinished > limit and stream.run_fullest()):
                     pass
             yield from stream.finished()
@@ -348,197 +332,11 @@ class Runner:
         return "\n".join(lines)
 
 
-class _Assembly:
-    """Cuts the rows that a graph stream returns, in order, into the batches that went in."""
-
-    def __init__(self, runner: Runner) -> None:
-        self.runner = runner
-        self.sizes: list[int] = []
-        self.pieces: list[tuple[Tensor, Tensor]] = []
-        self.held = 0
-
-    def expect(self, rows: int) -> None:
-        self.sizes.append(rows)
-
-    def collect(self, run: StreamLoop) -> Iterator[Answers]:
-        for first, end in run.finished():
-            self.pieces.append(run.collect(first, end))
-            self.held += end - first
-        whole: list[int] = []
-        while self.sizes and sum(whole) + self.sizes[0] <= self.held:
-            whole.append(self.sizes.pop(0))
-        if not whole:
-            return
-        taken = sum(whole)
-        if not taken:
-            yield from (self.runner._nothing() for _ in whole)
-            return
-        output, exits = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*self.pieces, strict=True))
-        self.pieces = [(output[taken:], exits[taken:])] if taken < self.held else []
-        self.held -= taken
-        yield from (self.runner._answers(*parts) for parts in zip(output[:taken].split(whole), exits[:taken].split(whole), strict=True))
-
-    def empty_batches(self) -> Iterator[Answers]:
-        """What is left when no row is waiting: batches without rows."""
-        yield from (self.runner._nothing() for _ in self.sizes)
-        self.sizes.clear()
-
-
-class _Stream:
-    """Queues of a throughput run. Rows that differ in another size than the batch (text lengths) wait in separate queues."""
-
-    def __init__(self, runner: Runner, bucket: int) -> None:
-        self.runner, self.bucket = runner, bucket
-        self.queues: list[dict[Any, list[tuple[Rows, Tensor]]]] = [{} for _ in runner.stages]
-        self.results: dict[int, list[Any]] = {}  # number of batch -> [output, exits, rows still unfinished]
-        self.spans: list[tuple[int, int]] = []  # first row id and rows of each admitted batch
-        self.next_id = 0
-        self.next_out = 0
-        self.unfinished = 0
-
-    def admit(self, args: Any, kwargs: Any) -> None:
-        rows, layout, count = begin(self.runner.net, self.runner.plan, args, kwargs)
-        number = len(self.spans)
-        self.spans.append((self.next_id, count))
-        ids = torch.stack([torch.full((count,), number), torch.arange(count)], dim=1)  # on the host: batch, place in it
-        self.results[number] = [None, torch.full((count,), -1, device=self.runner.net.device), count]
-        self.next_id += count
-        self.unfinished += count
-        if count:
-            self.queues[0].setdefault(signature(rows, layout), []).append((rows, ids))
-
-    def _fill(self, stage: int) -> tuple[int, Any]:
-        """Rows of the fullest queue of a stage, and its key."""
-        return max(((sum(len(i) for _, i in parts), key) for key, parts in self.queues[stage].items()), key=lambda p: p[0], default=(0, None))
-
-    def run_full(self) -> bool:
-        """Run the deepest stage that has a full bucket."""
-        for stage in reversed(range(len(self.queues))):
-            count, key = self._fill(stage)
-            if count >= self.bucket:
-                self._run(stage, key)
-                return True
-        return False
-
-    def run_fullest(self) -> bool:
-        """Run the stage with most rows waiting, full or not."""
-        fills = [(*self._fill(stage), stage) for stage in range(len(self.queues))]
-        count, key, stage = max(fills, key=lambda f: f[0])
-        if count:
-            self._run(stage, key)
-        return bool(count)
-
-    def run_first(self) -> bool:
-        """Run the shallowest stage that has rows, so that what it passes on fills the later buckets."""
-        for stage in range(len(self.queues)):
-            count, key = self._fill(stage)
-            if count:
-                self._run(stage, key)
-                return True
-        return False
-
-    def _run(self, number: int, key: Any) -> None:
-        runner = self.runner
-        stage = runner.stages[number]
-        parts = self.queues[number].pop(key)
-        picked, total = [], 0
-        while parts and total < self.bucket:
-            rows, ids = parts.pop(0)
-            room = self.bucket - total
-            if len(ids) > room:
-                device = rows[0].device
-                head, tail = torch.arange(room, device=device), torch.arange(room, len(ids), device=device)
-                parts.insert(0, (take(rows, stage.before, tail), ids[room:]))
-                rows, ids = take(rows, stage.before, head), ids[:room]
-            picked.append((rows, ids))
-            total += len(ids)
-        if parts:
-            self.queues[number][key] = parts
-        rows, ids = join([r for r, _ in picked], stage.before), torch.cat([i for _, i in picked])
-        rows, logits, score = stage(*rows)
-        if stage.last:
-            self._finish(logits, ids, stage.exit)
-            return
-        staying = (score < runner._threshold(stage)).cpu()
-        leave = (~staying).nonzero().squeeze(1)
-        if leave.numel():
-            self._finish(logits[leave.to(logits.device)], ids[leave], stage.exit)
-        keep = staying.nonzero().squeeze(1)
-        if keep.numel():
-            survivors = take(rows, stage.after, keep.to(logits.device)) if leave.numel() else rows
-            self.queues[number + 1].setdefault(key, []).append((survivors, ids[keep]))
-
-    def _finish(self, logits: Tensor, ids: Tensor, exit_index: int) -> None:
-        self.unfinished -= len(ids)
-        for number in ids[:, 0].unique().tolist():
-            mine = (ids[:, 0] == number).nonzero().squeeze(1)
-            result = self.results[number]
-            if result[0] is None:
-                result[0] = logits.new_empty(self.spans[number][1], *logits.shape[1:])
-            places = ids[mine, 1].to(logits.device)
-            result[0][places] = logits[mine.to(logits.device)]
-            result[1][places] = exit_index
-            result[2] -= len(mine)
-
-    def finished(self) -> Iterator[Answers]:
-        while self.next_out < len(self.spans) and self.results[self.next_out][2] == 0:
-            output, exits, _ = self.results.pop(self.next_out)
-            self.next_out += 1
-            yield self.runner._nothing() if output is None else self.runner._answers(output, exits)
-
-
-def signature(rows: Rows, layout: Layout) -> Any:
-    """What rows must share to run in one batch: every size but the batch, and the values of inputs that have no batch."""
-    return tuple(
-        tuple(s for d, s in enumerate(t.shape) if d not in dims) if dims else (tuple(t.shape), tuple(t.flatten().tolist()))
-        for t, dims in zip(rows, layout.dims, strict=True)
-    )
-
-
 def _inputs(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(batch, tuple) and len(batch) == 2 and isinstance(batch[0], tuple) and isinstance(batch[1], dict):
         return batch
     unpacked = unpack_batch(batch)
     return unpacked.args, unpacked.kwargs
-
-
-def measure_table(net: MultiExit, plan: Plan, batch_sizes: Sequence[int]) -> LatencyTable:
-    """Time every segment, head and gather at some batch sizes, on the network's device, on repeated example rows."""
-    every = make_stages(net, plan, [True] * len(net.at))
-    example = net.example.to(net.device, net.dtype)
-    first, layout, two = begin(net, plan, example.args, example.kwargs)
-    device = net.device
-    segment_ms, head_ms, gather_ms = [], [], []
-    with torch.inference_mode():
-        for size in batch_sizes:
-            rows = take(first, layout, torch.arange(size, device=device) % two)
-            segments, heads, gathers = [], [], []
-            for stage in every:
-                whole = median_ms(lambda stage=stage, rows=rows: stage(*rows), device)
-                head = 0.0
-                following, _, _ = stage(*rows)
-                if not stage.last:
-                    state, previous = stage.head_inputs(following)
-                    head = median_ms(lambda stage=stage, state=state, previous=previous: net.heads[stage.exit](state, previous), device)
-                    half = torch.arange(max(1, size // 2), device=device)
-                    gathers.append(median_ms(lambda stage=stage, rows=following, half=half: take(rows, stage.after, half), device))
-                segments.append(max(whole - head, 0.0))
-                heads.append(head)
-                rows = following
-            segment_ms.append(segments)
-            head_ms.append(heads)
-            gather_ms.append(max(gathers, default=0.0))
-    flag = torch.zeros(1, device=device)
-    sync = median_ms(lambda: bool(flag.any()), device) if device.type == "cuda" else 0.0
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    return LatencyTable(
-        tuple(batch_sizes),
-        torch.tensor(segment_ms, dtype=torch.float64).T.contiguous(),
-        torch.tensor(head_ms, dtype=torch.float64).T.contiguous(),
-        torch.tensor(gather_ms, dtype=torch.float64),
-        sync,
-        name,
-    )
 
 
 def compile(  # noqa: A001 - the verb, as in torch.compile
@@ -592,7 +390,8 @@ def compile(  # noqa: A001 - the verb, as in torch.compile
     with torch.inference_mode():
         runner = _build(net, plan, mode, decide, use_graphs)
         if measure and table is None and any(decide):
-            table = runner.loop_table(size) if runner.loop is not None else measure_table(net, plan, sorted({1, *(2**p for p in range(2, size.bit_length(), 2)), size}))
+            sizes = sorted({1, *(4**p for p in range(1, 16) if 4**p < size), size})
+            table = runner.loop_table(size) if runner.loop is not None else measure_table(net, plan, sizes)
         if table is None or not any(decide):
             return runner
         pays = worthwhile(plan, table, size, decide)
@@ -605,7 +404,7 @@ def compile(  # noqa: A001 - the verb, as in torch.compile
             if runner.loop is not None and any(runner.decide) and isinstance(mode, Latency):
                 runner.loop_table(size)
         if losing and len(losing) == sum(decide):
-            kept = "the model runs as it is" if runner.dropped else "they are kept, as asked or because the guarantee is about exactly these exits"
+            kept = "the model runs as it is" if runner.dropped else "they are kept, as asked or because a guarantee is about exactly them"
             warnings.warn(f"No exit of this plan pays on this machine; {kept}.", NoSavingWarning, stacklevel=2)
         runner.table = table
     return runner

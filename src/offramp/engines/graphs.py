@@ -18,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ class Graph:
         self._function = function
         self._graph: torch.cuda.CUDAGraph | None = None
         if device.type != "cuda":
+            function()  # as below: what is captured has run before, so its effects must not matter
             return
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
@@ -112,11 +113,12 @@ class Bench:
                 self.inputs.append(tuple(_room(t, dims, rows + 1) for t, dims in zip(values, stage.before.dims, strict=True)))
                 values, logits, _ = stage(*values)
         self.output = logits.new_zeros(slots + 1, *logits.shape[1:])  # the last row takes what nobody asked for
-        self.done = torch.full((slots + 1,), -1, dtype=torch.int64, device=device)
+        self.done = torch.full((slots + 1,), loop.exits - 1, dtype=torch.int64, device=device)
         self.index = [torch.arange(rows + 1, device=device) for _ in loop.stages]
         self.count = torch.zeros(len(loop.stages), dtype=torch.int64, device=device)
         self.mail = Mailbox(len(loop.stages), device)
         self.entered = -1  # rows that count[0] says
+        self.alone: dict[int, Tensor] = {}  # where the graph of an only stage leaves its answers, by size
         self.begun = 0  # rows whose initial rule state is in place
         self.quota: dict[int, tuple[Tensor, Tensor]] = {}  # where the graph of a batch size leaves its answers
         self.sizes: list[tuple[int, ...]] = [buckets(rows, reach) for reach in loop.reach]
@@ -154,7 +156,8 @@ class Bench:
     def graph(self, key: Any, make: Callable[[], None]) -> Graph:
         if key not in self.graphs:
             # All stages and sizes share one code object, and the compiler limits the versions of it.
-            limit = torch._dynamo.config.patch(recompile_limit=1024, accumulated_recompile_limit=4096) if self.loop.compiled else contextlib.nullcontext()
+            limits: dict[str, Any] = {"recompile_limit": 1024, "accumulated_recompile_limit": 4096}
+            limit = torch._dynamo.config.patch(limits) if self.loop.compiled else contextlib.nullcontext()
             with limit:
                 self.graphs[key] = Graph(make, self.loop.device, self.loop.pool)
         return self.graphs[key]
@@ -186,8 +189,9 @@ class GraphLoop:
         self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         self.compiled = compiled
         self.exits = stages[-1].exit + 1
-        self.steps = [self.wrap(functools.partial(_latency_step, stage, threshold)) for stage, threshold in zip(stages, thresholds, strict=True)]
-        self.stream_steps = [self.wrap(functools.partial(_stream_step, stage, threshold, self.exits)) for stage, threshold in zip(stages, thresholds, strict=True)]
+        bound = list(zip(stages, thresholds, strict=True))
+        self.steps = [self.wrap(functools.partial(_latency_step, stage, threshold)) for stage, threshold in bound]
+        self.stream_steps = [self.wrap(functools.partial(_stream_step, stage, threshold, self.exits)) for stage, threshold in bound]
         self.pipeline = self.wrap(functools.partial(_quota_pipeline, stages))
         self.benches: dict[Any, Bench] = {}
         self.streams: dict[Any, StreamLoop] = {}
@@ -212,6 +216,10 @@ class GraphLoop:
         if bench.entered != count:
             bench.count[0] = bench.entered = count
         left = count
+        if len(self.stages) == 1:
+            bucket = bench.bucket(0, count)
+            self._latency_graph(bench, 0, bucket).replay()
+            return bench.alone[bucket][:count].clone(), bench.done[:count].clone()
         for k, stage in enumerate(self.stages):
             graph = self._latency_graph(bench, k, bench.bucket(k, left))
             if stage.last:
@@ -239,9 +247,8 @@ class GraphLoop:
                 bench.index[k + 1].index_copy_(0, position, index)
                 bench.store(k + 1, position, after)
 
-        def alone() -> None:  # a single stage: every row leaves here, in place
-            bench.output = self.steps[0](bench.view(0, bucket), bench.index[0][:bucket], bench.count[0], bench.slots)[1]
-            bench.done.fill_(self.exits - 1)
+        def alone() -> None:  # a single stage: every row leaves here, in its own place
+            bench.alone[bucket] = step(bench.view(0, bucket), bench.index[0][:bucket], bench.count[0], bench.slots)[1]
 
         return bench.graph(("latency", k, bucket), call if len(self.stages) > 1 else alone)
 
@@ -285,7 +292,9 @@ class GraphLoop:
         head_ms = torch.tensor(heads, dtype=torch.float64)
         segment_ms = (torch.tensor(whole, dtype=torch.float64) - head_ms).clamp(min=0)
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
-        return LatencyTable(sizes, segment_ms, head_ms, torch.zeros(len(sizes), dtype=torch.float64), median_ms(round_trip, self.device), name)
+        return LatencyTable(
+            sizes, segment_ms, head_ms, torch.zeros(len(sizes), dtype=torch.float64), median_ms(round_trip, self.device), name
+        )
 
     def _head_ms(self, bench: Bench, k: int, size: int) -> float:
         stage = self.stages[k]
@@ -316,6 +325,7 @@ class GraphLoop:
         if name not in self.streams:
             bench = self.bench(name, example, layout, 2 * bucket, bucket * (backlog + 2))
             self.streams[name] = StreamLoop(self, bench, bucket, backlog)
+            self.streams[name].capture()
         self.streams[name].reset()
         return self.streams[name]
 
@@ -415,6 +425,11 @@ class StreamLoop:
         host = torch.full((bench.slots + 1,), -1, dtype=torch.int64)
         self.done_host = host.pin_memory() if loop.device.type == "cuda" else host
         self.done_view = self.done_host.numpy()
+
+    def capture(self) -> None:
+        """Capture every stage. Capturing runs it, which moves the queues' counters, so this comes before `reset`."""
+        for k in range(len(self.loop.stages)):
+            self._graph(k)
 
     def reset(self) -> None:
         """Forget an earlier run, also one that was not read to its end."""

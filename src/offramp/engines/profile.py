@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -10,9 +11,13 @@ import torch
 
 from offramp.core.certificate import Plan
 from offramp.core.trace import LatencyTable
+from offramp.engines.stages import begin, make_stages, take
+from offramp.network import MultiExit
 
 
-def median_ms(function: Callable[[], object], device: torch.device, *, warmup: int = 2, repeats: int = 7, budget_ms: float = 400.0) -> float:
+def median_ms(
+    function: Callable[[], object], device: torch.device, *, warmup: int = 2, repeats: int = 7, budget_ms: float = 400.0
+) -> float:
     """Median wall-clock milliseconds of a call, the device's work included; fewer repeats when a call is long.
 
     Args:
@@ -75,7 +80,9 @@ def worthwhile(plan: Plan, table: LatencyTable, batch_size: int, decide: Sequenc
         for k in range(early):
             reach = batch_size * sum(shares[k:])
             leave = batch_size * shares[k]
-            saved = sum(interpolate(sizes, segment[j], reach) - interpolate(sizes, segment[j], reach - leave) for j in range(k + 1, early + 1))
+            saved = sum(
+                interpolate(sizes, segment[j], reach) - interpolate(sizes, segment[j], reach - leave) for j in range(k + 1, early + 1)
+            )
             wait = table.sync_ms if batch_size > 1 else min(1.0, reach) * table.sync_ms
             paid = interpolate(sizes, head[k], reach) + interpolate(sizes, gather, reach) * (batch_size > 1) + wait
             gained.append(saved - paid)
@@ -87,3 +94,42 @@ def worthwhile(plan: Plan, table: LatencyTable, batch_size: int, decide: Sequenc
             break
         keep[min(losing)[1]] = False
     return keep
+
+
+def measure_table(net: MultiExit, plan: Plan, batch_sizes: Sequence[int]) -> LatencyTable:
+    """Time every segment, head and gather at some batch sizes, on the network's device, on repeated example rows."""
+    every = make_stages(net, plan, [True] * len(net.at))
+    example = net.example.to(net.device, net.dtype)
+    first, layout, two = begin(net, plan, example.args, example.kwargs)
+    device = net.device
+    segment_ms, head_ms, gather_ms = [], [], []
+    with torch.inference_mode():
+        for size in batch_sizes:
+            rows = take(first, layout, torch.arange(size, device=device) % two)
+            segments, heads, gathers = [], [], []
+            for stage in every:
+                whole = median_ms(functools.partial(stage, *rows), device)
+                head = 0.0
+                following, _, _ = stage(*rows)
+                if not stage.last:
+                    state, previous = stage.head_inputs(following)
+                    head = median_ms(functools.partial(net.heads[stage.exit], state, previous), device)
+                    half = torch.arange(max(1, size // 2), device=device)
+                    gathers.append(median_ms(functools.partial(take, following, stage.after, half), device))
+                segments.append(max(whole - head, 0.0))
+                heads.append(head)
+                rows = following
+            segment_ms.append(segments)
+            head_ms.append(heads)
+            gather_ms.append(max(gathers, default=0.0))
+    flag = torch.zeros(1, device=device)
+    sync = median_ms(lambda: bool(flag.any()), device) if device.type == "cuda" else 0.0
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    return LatencyTable(
+        tuple(batch_sizes),
+        torch.tensor(segment_ms, dtype=torch.float64).T.contiguous(),
+        torch.tensor(head_ms, dtype=torch.float64).T.contiguous(),
+        torch.tensor(gather_ms, dtype=torch.float64),
+        sync,
+        name,
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import platform
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from typing import Any
 
 import torch
@@ -64,7 +64,7 @@ def record(
     seen = 0
     try:
         with torch.inference_mode(), Progress(disable=not progress, transient=True) as bar:
-            task = bar.add_task("recording", total=len(loader) if hasattr(loader, "__len__") else None)
+            task = bar.add_task("recording", total=len(loader) if isinstance(loader, Sized) else None)
             for batch in loader:
                 args, kwargs, labels = unpack_batch(batch)
                 args, kwargs = _to(args, net.device, net.dtype), _to(kwargs, net.device, net.dtype)

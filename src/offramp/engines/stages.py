@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from offramp.backbones import Cut, CutState
 from offramp.core.certificate import Plan
 from offramp.core.errors import InvalidInput
-from offramp.core.types import Readout
+from offramp.core.types import Readout, RuleState
 from offramp.network import MultiExit
 
 Rows = tuple[Tensor, ...]
@@ -63,7 +63,16 @@ def join(parts: Sequence[Rows], layout: Layout) -> Rows:
     if len(parts) == 1:
         return parts[0]
     return tuple(
-        torch.cat(tensors, dim=dims[0]) if len(dims) == 1 else tensors[0] for tensors, dims in zip(zip(*parts, strict=True), layout.dims, strict=True)
+        torch.cat(tensors, dim=dims[0]) if len(dims) == 1 else tensors[0]
+        for tensors, dims in zip(zip(*parts, strict=True), layout.dims, strict=True)
+    )
+
+
+def signature(rows: Rows, layout: Layout) -> Any:
+    """What rows must share to run in one batch: every size but the batch, and the values of inputs that have no batch."""
+    return tuple(
+        tuple(s for d, s in enumerate(t.shape) if d not in dims) if dims else (tuple(t.shape), tuple(t.flatten().tolist()))
+        for t, dims in zip(rows, layout.dims, strict=True)
     )
 
 
@@ -97,7 +106,7 @@ class Stage(nn.Module):
         live_count, previous_count = len(self.before.live), self.before.previous
         values = dict(zip(self.before.live, rows[:live_count], strict=True))
         previous = tuple(rows[live_count : live_count + previous_count])
-        state = dict(zip(self.before.rule, rows[live_count + previous_count :], strict=True))
+        state: RuleState = dict(zip(self.before.rule, rows[live_count + previous_count :], strict=True))
         logits: Tensor | None = None
         score: Tensor | None = None
         cut_state = CutState(values, 0, self.start)
@@ -133,7 +142,6 @@ class Stage(nn.Module):
             previous = self.before.previous + (self.stop - self.start if self.keep_previous else 0)
             self.after = Layout(live, tuple(self.cut.batch_dims.get(n, ()) for n in live), previous, self._rule_names)
         return following
-
 
     def head_inputs(self, following: Rows) -> tuple[Tensor, tuple[Tensor, ...]]:
         """What the head at the end of this stage reads, out of the rows that the stage returns (not for the last stage)."""

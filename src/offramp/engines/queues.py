@@ -1,0 +1,178 @@
+"""What throughput mode keeps between stages: queues on the host, and answers put back into the order of the inputs."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from offramp.engines.graphs import StreamLoop
+from offramp.engines.stages import Layout, Rows, Stage, join, signature, take
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What an engine returns for a batch.
+
+    Attributes:
+        output: ``[B, C]`` logits of the exit at which each row left.
+        exit: ``[B]`` int64 index of that exit; K - 1 is the model's own output.
+        exit_cost: ``[K]`` float64 FLOPs spent on a row that leaves at each exit.
+    """
+
+    output: Tensor
+    exit: Tensor
+    exit_cost: Tensor
+
+    @property
+    def cost(self) -> Tensor:
+        """``[B]`` float64 FLOPs spent on each row; looked up when asked for, so that an answer does not wait for it."""
+        return self.exit_cost[self.exit]
+
+
+MakeAnswers = Callable[[Tensor | None, Tensor | None], Answers]
+"""Makes answers from outputs and exits; from ``None, None`` those of a batch without rows."""
+
+
+class Assembly:
+    """Cuts the rows that a graph stream returns, in order, into the batches that went in."""
+
+    def __init__(self, answer: MakeAnswers) -> None:
+        self.answer = answer
+        self.sizes: list[int] = []
+        self.pieces: list[tuple[Tensor, Tensor]] = []
+        self.held = 0
+
+    def expect(self, rows: int) -> None:
+        self.sizes.append(rows)
+
+    def collect(self, run: StreamLoop) -> Iterator[Answers]:
+        for first, end in run.finished():
+            self.pieces.append(run.collect(first, end))
+            self.held += end - first
+        whole: list[int] = []
+        while self.sizes and sum(whole) + self.sizes[0] <= self.held:
+            whole.append(self.sizes.pop(0))
+        if not whole:
+            return
+        taken = sum(whole)
+        if not taken:
+            yield from (self.answer(None, None) for _ in whole)
+            return
+        output, exits = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*self.pieces, strict=True))
+        self.pieces = [(output[taken:], exits[taken:])] if taken < self.held else []
+        self.held -= taken
+        yield from (self.answer(*parts) for parts in zip(output[:taken].split(whole), exits[:taken].split(whole), strict=True))
+
+    def empty_batches(self) -> Iterator[Answers]:
+        """What is left when no row is waiting: batches without rows."""
+        yield from (self.answer(None, None) for _ in self.sizes)
+        self.sizes.clear()
+
+
+class Queues:
+    """Queues of a throughput run on the host. Rows that differ in another size than the batch (text lengths) wait in separate queues."""
+
+    def __init__(self, stages: Sequence[Stage], thresholds: Sequence[float], bucket: int, answer: MakeAnswers) -> None:
+        self.stages, self.thresholds, self.bucket, self.answer = stages, thresholds, bucket, answer
+        self.queues: list[dict[Any, list[tuple[Rows, Tensor]]]] = [{} for _ in stages]
+        self.results: dict[int, list[Any]] = {}  # number of batch -> [output, exits, rows still unfinished]
+        self.spans: list[tuple[int, int]] = []  # first row id and rows of each admitted batch
+        self.next_id = 0
+        self.next_out = 0
+        self.unfinished = 0
+
+    def admit(self, rows: Rows, layout: Layout, count: int) -> None:
+        """Take a batch in."""
+        number = len(self.spans)
+        self.spans.append((self.next_id, count))
+        ids = torch.stack([torch.full((count,), number), torch.arange(count)], dim=1)  # on the host: batch, place in it
+        self.results[number] = [None, torch.full((count,), -1, device=rows[0].device), count]
+        self.next_id += count
+        self.unfinished += count
+        if count:
+            self.queues[0].setdefault(signature(rows, layout), []).append((rows, ids))
+
+    def _fill(self, stage: int) -> tuple[int, Any]:
+        """Rows of the fullest queue of a stage, and its key."""
+        filled = [(sum(len(ids) for _, ids in parts), key) for key, parts in self.queues[stage].items()]
+        return max(filled, key=operator.itemgetter(0), default=(0, None))
+
+    def run_full(self) -> bool:
+        """Run the deepest stage that has a full bucket."""
+        for stage in reversed(range(len(self.queues))):
+            count, key = self._fill(stage)
+            if count >= self.bucket:
+                self._run(stage, key)
+                return True
+        return False
+
+    def run_fullest(self) -> bool:
+        """Run the stage with most rows waiting, full or not."""
+        fills = [(*self._fill(stage), stage) for stage in range(len(self.queues))]
+        count, key, stage = max(fills, key=operator.itemgetter(0))
+        if count:
+            self._run(stage, key)
+        return bool(count)
+
+    def run_first(self) -> bool:
+        """Run the shallowest stage that has rows, so that what it passes on fills the later buckets."""
+        for stage in range(len(self.queues)):
+            count, key = self._fill(stage)
+            if count:
+                self._run(stage, key)
+                return True
+        return False
+
+    def _run(self, number: int, key: Any) -> None:
+        stage = self.stages[number]
+        parts = self.queues[number].pop(key)
+        picked, total = [], 0
+        while parts and total < self.bucket:
+            rows, ids = parts.pop(0)
+            room = self.bucket - total
+            if len(ids) > room:
+                device = rows[0].device
+                head, tail = torch.arange(room, device=device), torch.arange(room, len(ids), device=device)
+                parts.insert(0, (take(rows, stage.before, tail), ids[room:]))
+                rows, ids = take(rows, stage.before, head), ids[:room]
+            picked.append((rows, ids))
+            total += len(ids)
+        if parts:
+            self.queues[number][key] = parts
+        rows, ids = join([r for r, _ in picked], stage.before), torch.cat([i for _, i in picked])
+        rows, logits, score = stage(*rows)
+        if stage.last:
+            self._finish(logits, ids, stage.exit)
+            return
+        staying = (score < self.thresholds[number]).cpu()
+        leave = (~staying).nonzero().squeeze(1)
+        if leave.numel():
+            self._finish(logits[leave.to(logits.device)], ids[leave], stage.exit)
+        keep = staying.nonzero().squeeze(1)
+        if keep.numel():
+            survivors = take(rows, stage.after, keep.to(logits.device)) if leave.numel() else rows
+            self.queues[number + 1].setdefault(key, []).append((survivors, ids[keep]))
+
+    def _finish(self, logits: Tensor, ids: Tensor, exit_index: int) -> None:
+        self.unfinished -= len(ids)
+        for number in ids[:, 0].unique().tolist():
+            mine = (ids[:, 0] == number).nonzero().squeeze(1)
+            result = self.results[number]
+            if result[0] is None:
+                result[0] = logits.new_empty(self.spans[number][1], *logits.shape[1:])
+            places = ids[mine, 1].to(logits.device)
+            result[0][places] = logits[mine.to(logits.device)]
+            result[1][places] = exit_index
+            result[2] -= len(mine)
+
+    def finished(self) -> Iterator[Answers]:
+        """Answers of the batches that are done, in order, up to the first that is not."""
+        while self.next_out < len(self.spans) and self.results[self.next_out][2] == 0:
+            output, exits, _ = self.results.pop(self.next_out)
+            self.next_out += 1
+            yield self.answer(None, None) if output is None else self.answer(output, exits)
