@@ -114,6 +114,51 @@ def drive(runner: Callable[..., Any], batches: Iterable[Tensor], sync: Callable[
             sync()
 
 
+def throughput(
+    net: MultiExit,
+    plan: Plan,
+    model: torch.nn.Module,
+    images: Tensor,
+    bucket: int,
+    incoming_sizes: list[int],
+    segment_ms: list[float],
+    clock: Clock,
+    keep: Callable[[dict[str, Any]], None],
+) -> None:
+    """Rows of throughput mode: whole streams, filling and draining included."""
+    torch._dynamo.reset()
+    engine = compile(net, plan, Throughput(bucket), drop=False, measure=False)
+    whole = len(images) // bucket * bucket
+    full = Static(model, (images[:bucket],))
+    functions: dict[str, Callable[[], object]] = {"full": lambda: drive(full, images[:whole].split(bucket))}
+    exits_at = {}
+    for incoming in incoming_sizes:
+        batches = images[:whole].split(incoming)
+        exits_at[incoming] = torch.cat([a.exit for a in engine.stream(batches)])
+        functions[f"throughput_{incoming}"] = lambda batches=batches: [None for _ in engine.stream(batches)]
+    samples = clock.passes(functions)
+    full_ms = statistics.median(samples["full"])
+    keep({"mode": "full", "batch": bucket, "median_ms": full_ms, "items": whole, "samples_ms": samples["full"]})
+    for incoming, exits_found in exits_at.items():
+        times = samples[f"throughput_{incoming}"]
+        reach = [float((exits_found >= k).float().mean()) for k in range(len(net.names))]
+        ideal = sum(r * t for r, t in zip(reach, segment_ms, strict=True)) * whole / bucket
+        median = statistics.median(times)
+        keep(
+            {
+                "mode": "throughput",
+                "incoming": incoming,
+                "bucket": bucket,
+                "items": whole,
+                "median_ms": median,
+                "ideal_ms": ideal,
+                "exit_efficiency": ideal / median,
+                "over_full": median / full_ms,
+                "samples_ms": times,
+            }
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
@@ -125,10 +170,12 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=256)
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--share", type=float, default=0.27)
+    parser.add_argument("--modes", default="latency,quota,never,throughput", help="which to measure beside the full model")
     parser.add_argument("--pool", choices=("mean", "token"), default="mean", help="what the linear heads read")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--out", required=True)
     args = parser.parse_args()
+    modes = args.modes.split(",")
     import timm
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -169,37 +216,8 @@ def main() -> None:
         segments[size] = segment_times(net, images[:size], clock)
         print(f"segments at batch {size}: {[round(t, 4) for t in segments[size]]} ms", flush=True)
 
-    torch._dynamo.reset()
-    engine = compile(net, plan, Throughput(args.bucket), drop=False, measure=False)
-    whole = args.items // args.bucket * args.bucket
-    full = Static(model, (images[: args.bucket],))
-    functions = {"full": lambda: drive(full, images[:whole].split(args.bucket))}
-    exits_at = {}
-    for incoming in (int(b) for b in args.incoming.split(",")):
-        batches = images[:whole].split(incoming)
-        exits_at[incoming] = torch.cat([a.exit for a in engine.stream(batches)])
-        functions[f"throughput_{incoming}"] = lambda batches=batches: [None for _ in engine.stream(batches)]
-    samples = clock.passes(functions)
-    full_ms = statistics.median(samples["full"])
-    keep({"mode": "full", "batch": args.bucket, "median_ms": full_ms, "items": whole, "samples_ms": samples["full"]})
-    for incoming, exits_found in exits_at.items():
-        times = samples[f"throughput_{incoming}"]
-        reach = [float((exits_found >= k).float().mean()) for k in range(len(net.names))]
-        ideal = sum(r * t for r, t in zip(reach, segments[args.bucket], strict=True)) * whole / args.bucket
-        median = statistics.median(times)
-        keep(
-            {
-                "mode": "throughput",
-                "incoming": incoming,
-                "bucket": args.bucket,
-                "items": whole,
-                "median_ms": median,
-                "ideal_ms": ideal,
-                "exit_efficiency": ideal / median,
-                "over_full": median / full_ms,
-                "samples_ms": times,
-            }
-        )
+    if "throughput" in modes:
+        throughput(net, plan, model, images, args.bucket, [int(b) for b in args.incoming.split(",")], segments[args.bucket], clock, keep)
 
     for size in (int(b) for b in args.batch.split(",")):
         torch._dynamo.reset()
@@ -208,10 +226,13 @@ def main() -> None:
         batches = [b for b in batches if b.shape[0] == size]
         engines: dict[str, Runner] = {}
         for name, mode in (("latency", Latency(size)), ("quota", Quota(size))):
+            if name not in modes:
+                continue
             torch._dynamo.reset()
             engines[name] = compile(net, plan, mode, drop=False, measure=name == "latency")
-        torch._dynamo.reset()
-        engines["never"] = compile(net, never(net, Confidence()), Latency(size))
+        if "never" in modes:
+            torch._dynamo.reset()
+            engines["never"] = compile(net, never(net, Confidence()), Latency(size))
         exits = {name: torch.cat([engine(b).exit for b in batches]) for name, engine in engines.items()}
         runners: dict[str, Callable[..., Any]] = {"full": full, **engines}
         samples = clock.passes({n: (lambda r=r, batches=batches: drive(r, batches)) for n, r in runners.items()})
