@@ -1,7 +1,7 @@
 """Saving and loading: safetensors for arrays, JSON for the rest, both written atomically, nothing unpickled.
 
 A bundle is a folder with ``<name>.json`` and, where there are arrays, ``<name>.safetensors``; the JSON carries the
-SHA-256 of the arrays, so that a truncated or altered file is refused instead of read.
+SHA-256 of the arrays and of itself, so that a truncated or altered file is refused instead of read.
 """
 
 from __future__ import annotations
@@ -89,6 +89,12 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _digest(record: Mapping[str, Any]) -> str:
+    """SHA-256 of a record as read back from JSON, white space and order of keys aside, without the digest it carries."""
+    plain = json.loads(json.dumps({k: v for k, v in record.items() if k != "sha256"}))
+    return hashlib.sha256(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
 def save_bundle(
     folder: str | os.PathLike[str], name: str, kind: str, content: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None
 ) -> None:
@@ -106,8 +112,16 @@ def save_bundle(
     if tensors:
         arrays = {k: t.detach().to("cpu").contiguous().clone() for k, t in tensors.items()}
         path = root / f"{name}.safetensors"
-        write_atomic(path, lambda temporary: save_file(arrays, temporary, metadata={"format": FORMAT, "kind": kind}))
-        record["tensors"] = {"file": path.name, "sha256": _sha256(path), "names": sorted(arrays)}
+
+        def write(temporary: Path) -> None:
+            save_file(arrays, temporary, metadata={"format": FORMAT, "kind": kind})
+            record["tensors"] = {"file": path.name, "sha256": _sha256(temporary), "names": sorted(arrays)}
+            record["sha256"] = _digest(record)
+            json.dumps(record, allow_nan=False)  # fails, if it fails, before anything is replaced
+
+        write_atomic(path, write)
+    else:
+        record["sha256"] = _digest(record)
     write_json(root / f"{name}.json", record)
 
 
@@ -130,9 +144,13 @@ def load_bundle(folder: str | os.PathLike[str], name: str, kind: str) -> tuple[d
     version = record.get("version")
     if not isinstance(version, int) or version > FORMAT_VERSION:
         raise ArtifactError(f"{path} has format version {version!r}; this offramp reads up to {FORMAT_VERSION}. Upgrade offramp.")
+    if "sha256" in record and record["sha256"] != _digest(record):
+        raise ArtifactError(f"{path} was altered: its SHA-256 differs from the one it carries. Make it anew; it is not for editing.")
     tensors: dict[str, Tensor] = {}
     if "tensors" in record:
         listed = record["tensors"]
+        if not isinstance(listed, dict):
+            raise ArtifactError(f"{path}: 'tensors' is not an object.")
         arrays = root / Path(str(listed.get("file", ""))).name
         if not arrays.is_file():
             raise ArtifactError(f"{path} refers to {arrays.name}, which is missing beside it.")

@@ -115,6 +115,8 @@ class Plan:
     notes: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not self.exits:
+            raise InvalidInput("A plan needs at least one exit, the model's own output.")
         if not len(self.exits) == len(self.thresholds) == len(self.shares):
             raise InvalidInput(
                 f"A plan needs one threshold and one share per exit: {len(self.exits)} exits, {len(self.thresholds)} thresholds, "
@@ -122,7 +124,9 @@ class Plan:
             )
         if self.thresholds[-1] != float("-inf"):
             raise InvalidInput(f"The last threshold must be -inf (everything left leaves there), got {self.thresholds[-1]}.")
-        if abs(sum(self.shares) - 1) > 1e-6 or min(self.shares) < 0:
+        if any(t != t for t in self.thresholds):
+            raise InvalidInput(f"A threshold is not a number: {self.thresholds}. Use inf to switch an exit off.")
+        if not abs(sum(self.shares) - 1) <= 1e-6 or min(self.shares) < 0:
             raise InvalidInput(f"shares must be non-negative and sum to 1, got {self.shares}.")
 
     def __str__(self) -> str:

@@ -48,6 +48,10 @@ class LatencyTable:
             t: Tensor = getattr(self, name)
             if t.ndim != 2 or t.shape[1] != len(self.batch_sizes):
                 raise InvalidInput(f"{name} must be [exits, {len(self.batch_sizes)}], got {tuple(t.shape)}.")
+        if self.head_ms.shape != self.segment_ms.shape:
+            raise InvalidInput(f"head_ms must be {tuple(self.segment_ms.shape)} as segment_ms, got {tuple(self.head_ms.shape)}.")
+        if self.gather_ms.shape != (len(self.batch_sizes),):
+            raise InvalidInput(f"gather_ms must be [{len(self.batch_sizes)}], got {tuple(self.gather_ms.shape)}.")
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -113,6 +117,11 @@ class Trace:
             raise InvalidInput(f"losses must be {tuple(self.predictions.shape)}, got {tuple(self.losses.shape)}.")
         if self.logits is not None and self.logits.shape[:2] != self.predictions.shape:
             raise InvalidInput(f"logits must be [{self.items}, {exits}, classes], got {tuple(self.logits.shape)}.")
+        if self.labels is not None and self.labels.shape[:1] != (self.items,):
+            raise InvalidInput(f"labels must be [{self.items}], got {tuple(self.labels.shape)}.")
+        for key, scores in self.recorded.items():
+            if scores.shape != self.predictions.shape:
+                raise InvalidInput(f"The recorded scores of {key} must be {tuple(self.predictions.shape)}, got {tuple(scores.shape)}.")
 
     @property
     def items(self) -> int:
@@ -214,7 +223,7 @@ class Trace:
                 content["provenance"],
                 content["why_not_replayable"],
             )
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise ArtifactError(f"The trace in {folder} lacks or garbles a field: {error}.") from error
 
 
