@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from offramp.budget.bounds import default_bound
 from offramp.budget.mean_cost import CostMethod, GeometricShares, OptimalStopping, Problem
@@ -30,6 +32,7 @@ from offramp.budget.risk_control import CRC, LTT, Evidence, Procedure, default_f
 from offramp.budget.targets import All, ExitShares, Latency, MeanCost, PeakCost, Risk, Target, Utility
 from offramp.core.certificate import Certificate, Estimate, Plan
 from offramp.core.errors import BudgetInfeasible, InvalidInput, NoEffectWarning
+from offramp.core.parts import part_key
 from offramp.core.protocols import Rule
 from offramp.core.trace import Trace
 
@@ -154,6 +157,9 @@ def calibrate(trace: Trace, rule: Rule, target: Target, *, method: CostMethod | 
     scores = trace.scores(rule)
     if scores.shape != trace.predictions.shape:
         raise InvalidInput(f"scores must be {tuple(trace.predictions.shape)}, got {tuple(scores.shape)}.")
+    closed = torch.isneginf(scores[:, :-1]).all(dim=0)
+    if closed.any():
+        return _without(trace, rule, scores, closed, target, method, level)
     cols = columns(scores, trace.exits)
     parts = target.targets if isinstance(target, All) else (target,)
     caps = [t for t in parts if isinstance(t, PeakCost)]
@@ -177,6 +183,38 @@ def calibrate(trace: Trace, rule: Rule, target: Target, *, method: CostMethod | 
             stacklevel=2,
         )
     return plan
+
+
+def _without(
+    trace: Trace, rule: Rule, scores: Tensor, closed: Tensor, target: Target, method: CostMethod | Procedure | None, level: float
+) -> Plan:
+    """Calibrate without the exits at which a rule lets nobody leave (every score is ``-inf``), and put them back, switched off.
+
+    Some rules have no score at an exit: there is nothing to compare with before the first one, or `after` forbids it.
+    """
+    keep = torch.cat([~closed, torch.tensor([True])])
+    table = trace.latency
+    if table is not None:
+        # What runs up to a closed exit, its head included, is on the way to the next one.
+        owner = (keep.to(torch.int64).cumsum(0) - keep.to(torch.int64)).to(table.segment_ms.device)
+        merged = torch.zeros(int(keep.sum()), table.segment_ms.shape[1], dtype=table.segment_ms.dtype)
+        passing = torch.where(keep[:, None], table.segment_ms, table.segment_ms + table.head_ms)
+        table = replace(table, segment_ms=merged.index_add(0, owner, passing), head_ms=table.head_ms[keep])
+    part = replace(
+        trace,
+        exits=tuple(n for n, kept in zip(trace.exits, keep.tolist(), strict=True) if kept),
+        predictions=trace.predictions[:, keep],
+        cost=trace.cost[keep],
+        losses=None if trace.losses is None else trace.losses[:, keep],
+        logits=None,
+        recorded={part_key(rule): scores[:, keep]},
+        latency=table,
+    )
+    plan = calibrate(part, rule, target, method=method, level=level)
+    open_thresholds, open_shares = iter(plan.thresholds), iter(plan.shares)
+    thresholds = tuple(next(open_thresholds) if kept else math.inf for kept in keep.tolist())
+    shares = tuple(next(open_shares) if kept else 0.0 for kept in keep.tolist())
+    return replace(plan, exits=trace.exits, thresholds=thresholds, shares=shares)
 
 
 @dataclass(frozen=True)

@@ -368,8 +368,8 @@ class OptimalStopping(CostMethod):
     is the peak of the running sum of the differences in score order, so one sort per exit and one running sum per price do the whole
     induction exactly, without bins. The first pass lets every item vote at every exit (right when a score sums up the past); further
     sweeps let only items vote that get there. The price of cost (a Lagrange multiplier) is found by bisection, and the last fraction
-    of an item by moving along the line between the two solutions beside the target. The best shared threshold is also tried and kept
-    if it loses less, so on the items that shape the vector this method never loses more than `QuantileCost`.
+    of an item by moving along the line between the two solutions beside the target. The best shared threshold and the best single exit
+    are also tried and kept if they lose less, so on the items that shape the vector this method never loses more than `QuantileCost`.
 
     Needs losses. The realised loss is measured on the items that chose the thresholds and is optimistic; for a promise use `Risk`. With
     few items per exit a vector can overfit by more than it gains on one shared threshold (`QuantileCost`).
@@ -431,7 +431,10 @@ class OptimalStopping(CostMethod):
         if part.mean_loss(shared) < part.mean_loss(best):
             rival = shared if part is problem else QuantileCost().fit(problem)
             best = min(best, rival, key=problem.mean_loss)
-        return best
+        # Scores with heavy ties (counters) leave gaps between the solutions; one exit for everybody may fill them.
+        one = [np.where(np.arange(part.cost.size) < k, np.inf, -np.inf) for k, c in enumerate(part.cost[:-1]) if c <= part.target]
+        alone = min(one, key=part.mean_loss, default=best)
+        return min(best, alone, key=problem.mean_loss) if part.mean_loss(alone) < part.mean_loss(best) else best
 
     def path(self, problem: Problem, size: int) -> F64:
         part = problem.part(min(self.design_items, 20_000), self.seed)

@@ -34,10 +34,12 @@ from offramp.budget import (
     calibrate,
     evaluate,
     exit_latency_ms,
+    leave_at,
 )
 from offramp.budget.drift import chi_square, psi
 from offramp.core.certificate import Plan
 from offramp.core.errors import BudgetInfeasible, FingerprintMismatch, InvalidInput, NoEffectWarning, NotReplayable
+from offramp.core.parts import part_key
 from offramp.core.trace import Trace
 
 INF = math.inf
@@ -333,3 +335,24 @@ def test_drift_monitor_refuses_what_does_not_belong(trace: Trace) -> None:
         monitor.update(torch.tensor([0]), torch.tensor([0.5]))
     with pytest.raises(InvalidInput, match="window"):
         DriftMonitor(DriftReference.of(trace, plan), window=3)
+
+
+def test_an_exit_without_scores_is_switched_off():
+    trace = synthetic(600, 4)
+    scores = trace.scores(RULE).clone()
+    scores[:, 1] = -math.inf
+    closed = replace(trace, recorded={part_key(RULE): scores}, latency=latency(4))
+    for target in (MeanCost(0.6), Risk(max_drop=0.2, delta=0.1), Latency(mean_ms=float(exit_latency_ms(closed, 1)[2]))):
+        plan = calibrate(closed, RULE, target)
+        assert plan.exits == trace.exits and plan.thresholds[1] == math.inf and plan.shares[1] == 0
+        left = leave_at(scores, plan.thresholds)
+        assert (torch.bincount(left, minlength=4) / len(left)).tolist() == pytest.approx(list(plan.shares))
+
+
+def test_a_counter_does_better_than_leaving_at_once():
+    """With tied scores no threshold vector may lie between "all leave at once" and "nearly nobody": one later exit can."""
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.stack([torch.zeros(400), torch.randint(0, 2, (400,), generator=generator).float(), torch.zeros(400)], dim=1)
+    losses = torch.stack([torch.rand(400, generator=generator) < p for p in (0.6, 0.2, 0.1)], dim=1).float()
+    plan = calibrate(trace_of(scores, losses), RULE, MeanCost(0.7))
+    assert plan.mean_cost <= 0.7 and plan.shares[1] == 1
