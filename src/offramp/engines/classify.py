@@ -28,7 +28,7 @@ from offramp.core.trace import LatencyTable
 from offramp.engines.graphs import GraphLoop, StreamLoop, ascending
 from offramp.engines.profile import interpolate, measure_table, worthwhile
 from offramp.engines.queues import Answers, Assembly, Queues
-from offramp.engines.stages import Layout, Rows, Stage, begin, exit_costs, make_stages, signature, take
+from offramp.engines.stages import Layout, Rows, Stage, begin, exit_costs, make_stages, placed, signature, take
 from offramp.network import MultiExit
 
 
@@ -145,7 +145,9 @@ class Runner:
         Inputs that are plain tensors of shapes seen before skip the checks: at batch 1 those cost as much as a block.
         """
         flat = (*args, *kwargs.values())
-        shapes = (len(args), *kwargs, *((t.shape, t.dtype, t.device) if isinstance(t, Tensor) and t.ndim else id(t) for t in flat))
+        plain = all(t.ndim if isinstance(t, Tensor) else isinstance(t, bool | int | float | str | None) for t in flat)
+        marks = ((t.shape, t.dtype, t.device) if isinstance(t, Tensor) else (type(t), t) for t in flat)
+        shapes = (len(args), *kwargs, *marks) if plain else None
         if shapes in self._known:
             order, carried, layout, key = self._known[shapes]
             return key, (*(flat[i] for i in order), *carried), layout, int(flat[order[0]].shape[layout.dims[0][0]])
@@ -153,7 +155,8 @@ class Runner:
         rows, layout, count = begin(self.net, self.plan, placed_args, placed_kwargs)
         key = signature(rows, layout)
         order = [next((i for i, t in enumerate(flat) if t is r), -1) for r in rows[: len(layout.live)]]
-        if -1 not in order and all(layout.batch_dims):  # given as they are used: nothing was moved, cast or nested
+        # Given as they are used: nothing was moved, cast or nested, and no tensor stands for two inputs.
+        if plain and -1 not in order and len(set(order)) == len(order) and all(layout.batch_dims):
             self._known[shapes] = (order, rows[len(layout.live) :], layout, key)
         return key, rows, layout, count
 
@@ -202,7 +205,7 @@ class Runner:
         """Answers from outputs and exits; from ``None`` those of a batch without rows."""
         if output is None or exits is None:
             device = self.net.device
-            output = torch.empty(0, self.net.num_outputs, device=device, dtype=self.net.dtype)
+            output = torch.empty(0, self.net.num_outputs, device=device, dtype=self.stages[-1].dtype)
             exits = torch.empty(0, dtype=torch.int64, device=device)
         return Answers(output, exits, self._exit_cost)
 
@@ -284,28 +287,37 @@ class Runner:
         """Throughput mode over captured graphs. A batch of another signature waits until the queues are empty."""
         run: StreamLoop | None = None
         current: Any = None
+        turn = 0
         waiting = Assembly(self._answers)
         for batch in batches:
-            with torch.inference_mode():
+            done: list[Answers] = []
+            with torch.inference_mode():  # left before a yield: what the consumer does is not inference
                 key, rows, layout, count = self._enter(*_inputs(batch))
+                if run is not None:
+                    run.check(turn)
                 if count and key != current:
-                    yield from self._drain(run, waiting)
+                    done += self._drain(run, waiting)
                     run, current = loop.stream(key, rows, layout, mode.bucket, mode.backlog), key
+                    turn = run.turn
                 waiting.expect(count)
-                if run is None or not count:
-                    continue
-                run.admit(rows, count)
-                while run.step():
-                    yield from waiting.collect(run)
+                if run is not None and count:
+                    run.admit(rows, count)
+                    while run.step():
+                        done += waiting.collect(run)
+            yield from done
         with torch.inference_mode():
-            yield from self._drain(run, waiting)
+            if run is not None:
+                run.check(turn)
+            done = self._drain(run, waiting)
+        yield from done
 
-    def _drain(self, run: StreamLoop | None, waiting: Assembly) -> Iterator[Answers]:
+    def _drain(self, run: StreamLoop | None, waiting: Assembly) -> list[Answers]:
+        done: list[Answers] = []
         while run is not None and run.unfinished:
             if not run.step(drain=True):
                 run.finish()
-            yield from waiting.collect(run)
-        yield from waiting.empty_batches()
+            done += waiting.collect(run)
+        return [*done, *waiting.empty_batches()]
 
     def _throughput(self, mode: Throughput, batches: Iterable[Any]) -> Iterator[Answers]:
         if self.loop is not None:
@@ -317,7 +329,7 @@ class Runner:
             args, kwargs = self._place(*_inputs(batch))
             with torch.inference_mode():
                 stream.admit(*begin(self.net, self.plan, args, kwargs))
-                while stream.run_full() or (stream.unfinished > limit and stream.run_fullest()):
+                while stream.run_full() or (stream.behind() > limit and stream.run_oldest()):
                     pass
             yield from stream.finished()
         with torch.inference_mode():
@@ -377,9 +389,12 @@ def compile(  # noqa: A001 - the verb, as in torch.compile
         raise InvalidInput(f"The plan is for exits {plan.exits}, the network has {net.names}. Calibrate a trace of this network.")
     mode = mode if mode is not None else Latency()
     net.eval()
+    plan = replace(plan, rule=placed(plan.rule, net.device))
     size = mode.bucket if isinstance(mode, Throughput) else mode.batch_size
     if size < 1:
         raise InvalidInput(f"The batch size must be at least 1, got {size}.")
+    if isinstance(mode, Throughput) and mode.backlog < 1:
+        raise InvalidInput(f"The backlog must be at least 1 bucket, got {mode.backlog}.")
     decide = [t != float("inf") for t in plan.thresholds[:-1]]
     if isinstance(mode, Quota):
         decide = [share > 0 for share in plan.shares[:-1]]

@@ -346,7 +346,7 @@ def _latency_step(stage: Stage, threshold: float, rows: Rows, index: Tensor, cou
     marks = torch.full_like(index, stage.exit)
     if score is None:
         return after, logits, target, index, count, marks
-    stay = alive & (score < threshold)
+    stay = alive & ~(score >= threshold)  # a score that is not a number stays, as in replay
     kept = stay.to(torch.int64)
     ahead = kept.cumsum(0)
     position = torch.where(stay, ahead - 1, ahead[-1] + (1 - kept).cumsum(0) - 1)
@@ -364,7 +364,7 @@ def _stream_step(
     """
     after, logits, score = stage(*rows)
     alive = torch.arange(ids.shape[0], device=ids.device) < count
-    stay = torch.zeros_like(alive) if score is None else alive & (score < threshold)
+    stay = torch.zeros_like(alive) if score is None else alive & ~(score >= threshold)
     ahead = stay.to(torch.int64).cumsum(0)
     target = torch.where(alive & ~stay, ids % slots, slots)
     position = torch.where(stay, following + ahead - 1, dump)
@@ -425,14 +425,28 @@ class StreamLoop:
         host = torch.full((bench.slots + 1,), -1, dtype=torch.int64)
         self.done_host = host.pin_memory() if loop.device.type == "cuda" else host
         self.done_view = self.done_host.numpy()
+        self.turn = 0  # counts the streams that have used these queues
 
     def capture(self) -> None:
         """Capture every stage. Capturing runs it, which moves the queues' counters, so this comes before `reset`."""
         for k in range(len(self.loop.stages)):
             self._graph(k)
 
+    def check(self, turn: int) -> None:
+        """Refuse to go on with a stream whose queues another one has taken over.
+
+        Raises:
+            InvalidInput: `reset` was called since ``turn`` was read.
+        """
+        if turn != self.turn:
+            raise InvalidInput(
+                "Another stream was started on this engine before this one ended; with graphs it runs one stream at a time. "
+                "Read a stream to its end first, or compile an engine for each."
+            )
+
     def reset(self) -> None:
         """Forget an earlier run, also one that was not read to its end."""
+        self.turn += 1
         if self.loop.device.type == "cuda":
             torch.cuda.synchronize(self.loop.device)
         self.fill = [0] * len(self.loop.stages)

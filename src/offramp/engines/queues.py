@@ -80,20 +80,19 @@ class Queues:
     def __init__(self, stages: Sequence[Stage], thresholds: Sequence[float], bucket: int, answer: MakeAnswers) -> None:
         self.stages, self.thresholds, self.bucket, self.answer = stages, thresholds, bucket, answer
         self.queues: list[dict[Any, list[tuple[Rows, Tensor]]]] = [{} for _ in stages]
-        self.results: dict[int, list[Any]] = {}  # number of batch -> [output, exits, rows still unfinished]
-        self.spans: list[tuple[int, int]] = []  # first row id and rows of each admitted batch
-        self.next_id = 0
-        self.next_out = 0
-        self.unfinished = 0
+        self.results: dict[int, list[Any]] = {}  # number of batch -> [output, exits, rows still unfinished, rows]
+        self.next_in = 0  # number of the next batch to admit
+        self.next_out = 0  # number of the next batch to return
+        self.front = 0  # number of the oldest batch that is not finished
+        self.open_rows = 0  # rows of that batch and all later ones
 
     def admit(self, rows: Rows, layout: Layout, count: int) -> None:
         """Take a batch in."""
-        number = len(self.spans)
-        self.spans.append((self.next_id, count))
+        number = self.next_in
+        self.next_in += 1
         ids = torch.stack([torch.full((count,), number), torch.arange(count)], dim=1)  # on the host: batch, place in it
-        self.results[number] = [None, torch.full((count,), -1, device=rows[0].device), count]
-        self.next_id += count
-        self.unfinished += count
+        self.results[number] = [None, torch.full((count,), -1, device=rows[0].device), count, count]
+        self.open_rows += count
         if count:
             self.queues[0].setdefault(signature(rows, layout), []).append((rows, ids))
 
@@ -111,13 +110,21 @@ class Queues:
                 return True
         return False
 
-    def run_fullest(self) -> bool:
-        """Run the stage with most rows waiting, full or not."""
-        fills = [(*self._fill(stage), stage) for stage in range(len(self.queues))]
-        count, key, stage = max(fills, key=operator.itemgetter(0))
-        if count:
-            self._run(stage, key)
-        return bool(count)
+    def behind(self) -> int:
+        """Rows admitted after the oldest batch that is not finished."""
+        while self.front < self.next_in and not self.results[self.front][2]:
+            self.open_rows -= self.results[self.front][3]
+            self.front += 1
+        return self.open_rows - (self.results[self.front][3] if self.front < self.next_in else 0)
+
+    def run_oldest(self) -> bool:
+        """Run the stage where the oldest row waits, full or not."""
+        fronts = [(int(parts[0][1][0, 0]), -stage, key) for stage, queue in enumerate(self.queues) for key, parts in queue.items()]
+        if not fronts:
+            return False
+        _, stage, key = min(fronts, key=operator.itemgetter(0, 1))
+        self._run(-stage, key)
+        return True
 
     def run_first(self) -> bool:
         """Run the shallowest stage that has rows, so that what it passes on fills the later buckets."""
@@ -149,7 +156,7 @@ class Queues:
         if stage.last:
             self._finish(logits, ids, stage.exit)
             return
-        staying = (score < self.thresholds[number]).cpu()
+        staying = (~(score >= self.thresholds[number])).cpu()  # a score that is not a number stays, as in replay
         leave = (~staying).nonzero().squeeze(1)
         if leave.numel():
             self._finish(logits[leave.to(logits.device)], ids[leave], stage.exit)
@@ -159,12 +166,11 @@ class Queues:
             self.queues[number + 1].setdefault(key, []).append((survivors, ids[keep]))
 
     def _finish(self, logits: Tensor, ids: Tensor, exit_index: int) -> None:
-        self.unfinished -= len(ids)
         for number in ids[:, 0].unique().tolist():
             mine = (ids[:, 0] == number).nonzero().squeeze(1)
             result = self.results[number]
             if result[0] is None:
-                result[0] = logits.new_empty(self.spans[number][1], *logits.shape[1:])
+                result[0] = logits.new_empty(result[3], *logits.shape[1:])
             places = ids[mine, 1].to(logits.device)
             result[0][places] = logits[mine.to(logits.device)]
             result[1][places] = exit_index
@@ -172,7 +178,8 @@ class Queues:
 
     def finished(self) -> Iterator[Answers]:
         """Answers of the batches that are done, in order, up to the first that is not."""
-        while self.next_out < len(self.spans) and self.results[self.next_out][2] == 0:
-            output, exits, _ = self.results.pop(self.next_out)
+        self.behind()
+        while self.next_out < self.front:
+            output, exits, *_ = self.results.pop(self.next_out)
             self.next_out += 1
             yield self.answer(None, None) if output is None else self.answer(output, exits)

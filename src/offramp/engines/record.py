@@ -18,13 +18,23 @@ from offramp.core.parts import part_key
 from offramp.core.protocols import Rule
 from offramp.core.trace import LatencyTable, Trace
 from offramp.core.types import Readout
+from offramp.engines.stages import placed
 from offramp.network import MultiExit
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def zero_one(logits: Tensor, labels: Tensor) -> Tensor:
-    """0/1 error ``[B]`` of ``logits [B, C]`` against class indices ``[B]``."""
+    """0/1 error ``[B]`` of ``logits [B, C]`` against class indices ``[B]``.
+
+    Raises:
+        InvalidInput: an answer is one number, or the labels are not one class index per row.
+    """
+    if logits.shape[-1] < 2 or labels.shape != logits.shape[:1] or labels.is_floating_point():
+        raise InvalidInput(
+            f"The 0/1 error compares class indices: it was given answers {tuple(logits.shape)} and labels {tuple(labels.shape)} of "
+            f"{labels.dtype}; expected [B, 2 or more] and [B] of integers. For other tasks pass record(..., loss=...) with values in [0, 1]."
+        )
     return (logits.argmax(dim=-1) != labels).float()
 
 
@@ -62,6 +72,7 @@ def record(
     was_training = {m: m.training for m in net.modules()}
     net.eval()
     seen = 0
+    on_device = [placed(rule, net.device) for rule in rules]
     try:
         with torch.inference_mode(), Progress(disable=not progress, transient=True) as bar:
             task = bar.add_task("recording", total=len(loader) if isinstance(loader, Sized) else None)
@@ -83,7 +94,7 @@ def record(
                     labels = labels.to(stacked.device)
                     found["labels"] = labels
                     found["losses"] = torch.stack([loss(stacked[:, k], labels) for k in range(stacked.shape[1])], dim=1).float()
-                for index, rule in enumerate(rules):
+                for index, rule in enumerate(on_device):
                     found[f"rule{index}"] = _score(rule, logits, states)
                 for name, value in found.items():
                     columns.setdefault(name, []).append(value.cpu())

@@ -9,9 +9,10 @@ Shapes: ``B`` rows in the batch, ``C`` classes.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from offramp.backbones import Cut, CutState
 from offramp.core.certificate import Plan
 from offramp.core.errors import InvalidInput
+from offramp.core.protocols import Rule
 from offramp.core.types import Readout, RuleState
 from offramp.network import MultiExit
 
@@ -97,6 +99,7 @@ class Stage(nn.Module):
         self.last = stop == len(self.cut.segments)
         self.before = before
         self.after = before  # replaced by `lay_out` after a dry run
+        self.dtype: torch.dtype | None = None  # of the model's own answer; set by `make_stages` after a dry run
         self._learning = False
         self._rule_names: tuple[str, ...] = ()
         self.keep_previous = any(getattr(h, "needs_previous", False) for h in net.heads)
@@ -115,8 +118,11 @@ class Stage(nn.Module):
             made = segment.module(*(cut_state.values[n] for n in segment.inputs))
             cut_state = self.cut.advance(cut_state, made)
             if k == len(self.cut.segments) - 1:
-                return (), net.select(self.cut.end(cut_state)), None
+                final = net.select(self.cut.end(cut_state))
+                return (), final.unsqueeze(-1) if final.ndim == 1 else final, None
             hidden = cut_state.hidden
+            if self.last:  # no decision follows, so neither heads nor the rule are needed
+                continue
             wanted = k == self.stop - 1 and self.decide
             if wanted or self.keep_previous or rule.stateful:
                 logits = net.heads[k](hidden, previous)
@@ -129,14 +135,15 @@ class Stage(nn.Module):
         after = (*cut_state.values.values(), *previous, *(state[n] for n in sorted(state)))
         if logits is None or score is None:
             raise InvalidInput(f"Stage {self.start}-{self.stop} ends without a decision; this is a defect in the plan of stages.")
-        return after, logits, score
+        return after, logits.to(self.dtype) if self.dtype is not None else logits, score
 
     def lay_out(self, rows: Rows) -> Rows:
         """Run once on example rows to learn what follows; sets ``after``."""
         self._learning = True  # a rule may add to its running state at its first exit, so the names are learnt by running
         with torch.no_grad():
-            following, _, _ = self(*rows)
+            following, logits, _ = self(*rows)
         self._learning = False
+        self.dtype = logits.dtype
         if not self.last:
             live = self.cut.segments[self.stop - 1].live
             previous = self.before.previous + (self.stop - self.start if self.keep_previous else 0)
@@ -148,6 +155,13 @@ class Stage(nn.Module):
         live = len(self.after.live)
         hidden = following[self.after.live.index(self.cut.segments[self.exit].hidden)]
         return hidden, following[live : live + self.before.previous + (self.stop - self.start - 1) * self.keep_previous]
+
+
+def placed(rule: Rule, device: torch.device) -> Rule:
+    """The rule on a device. A learned rule that lies elsewhere is copied there, so that the caller's stays where it is."""
+    if not isinstance(rule, nn.Module) or all(t.device == device for t in (*rule.parameters(), *rule.buffers())):
+        return rule
+    return cast(Rule, copy.deepcopy(rule).to(device))
 
 
 def begin(net: MultiExit, plan: Plan, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Rows, Layout, int]:
@@ -172,6 +186,8 @@ def make_stages(net: MultiExit, plan: Plan, decide: Sequence[bool]) -> list[Stag
         rows = stage.lay_out(rows)
         stages.append(stage)
         start, layout = stop, stage.after
+    for stage in stages:  # answers of one type, the model's own: a model in bfloat16 may well answer in float32
+        stage.dtype = stages[-1].dtype
     return stages
 
 
