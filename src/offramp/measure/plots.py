@@ -226,6 +226,10 @@ def pareto_chart(
         _percent_axis(ax.yaxis)
         ax.grid(True, axis="both")
         ax.margins(0.06, 0.08)
+        low, high = ax.get_ylim()
+        if high - low < 0.02:  # nearly equal qualities are drawn as nearly equal, not stretched over the whole height
+            middle = (low + high) / 2
+            ax.set_ylim(middle - 0.01, middle + 0.01)
         if not share:
             # Times start at zero, so that distances on paper are ratios of time.
             ax.set_xlim(0, 1.06 * max(p.cost for p in [*points, *(q for c in [*curves, *dots] for q in c.points)]))
