@@ -33,16 +33,14 @@ class ConvNet(nn.Module):
         classes: width of the answer.
         depth: residual blocks, at least 1.
         width: channels of the first stage; each of the next has twice as many.
-        stages: stages of the full depth; a shallower net keeps the first blocks of the deep one.
-        full_depth: depth at which the stages are equally long.
+        stages: of equal length; a shallower net has all of them too, since a deep net's first blocks alone make a poor small one.
     """
 
-    def __init__(self, channels: int, classes: int, depth: int, width: int = 16, stages: int = 3, full_depth: int | None = None) -> None:
+    def __init__(self, channels: int, classes: int, depth: int, width: int = 16, stages: int = 3) -> None:
         super().__init__()
-        full = full_depth or depth
-        if depth < 1 or full < depth:
-            raise InvalidInput(f"depth must be between 1 and {full}, got {depth}.")
-        stage = [i * stages // full for i in range(depth)]
+        if depth < 1:
+            raise InvalidInput(f"depth must be at least 1, got {depth}.")
+        stage = [i * stages // depth for i in range(depth)]
         widths = [width * 2**s for s in stage]
         self.stem = nn.Sequential(nn.Conv2d(channels, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
         self.blocks = nn.ModuleList(
@@ -112,5 +110,40 @@ class TextTransformer(nn.Module):
         return logits
 
 
-NETS: dict[str, type[nn.Module]] = {"conv": ConvNet, "text": TextTransformer}
+class VisionTransformer(nn.Module):
+    """A transformer encoder over square patches of an image, answering from a class token (Dosovitskiy et al. 2021).
+
+    Args:
+        channels: of the input.
+        classes: width of the answer.
+        depth: blocks.
+        width: of a token, a multiple of ``heads``.
+        heads: of attention.
+        patch: side of a patch, in pixels.
+        size: side of the image, in pixels, a multiple of ``patch``.
+    """
+
+    def __init__(self, channels: int, classes: int, depth: int, width: int = 128, heads: int = 4, patch: int = 4, size: int = 32) -> None:
+        super().__init__()
+        if width % heads or depth < 1 or size % patch:
+            raise InvalidInput(
+                f"width {width} must be a multiple of heads {heads}, size {size} one of patch {patch}, and depth {depth} positive."
+            )
+        self.embed = nn.Conv2d(channels, width, patch, patch)
+        self.token = nn.Parameter(torch.zeros(1, 1, width))
+        self.position = nn.Parameter(0.02 * torch.randn(1, (size // patch) ** 2 + 1, width))
+        self.blocks = nn.ModuleList(_Block(width, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.embed(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.token.expand(len(tokens), -1, -1), tokens], 1) + self.position
+        for block in self.blocks:
+            x = block(x)
+        logits: Tensor = self.head(self.norm(x[:, 0]))
+        return logits
+
+
+NETS: dict[str, type[nn.Module]] = {"conv": ConvNet, "text": TextTransformer, "vit": VisionTransformer}
 """Networks that a reproduction's configuration may name."""

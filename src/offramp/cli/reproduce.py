@@ -3,20 +3,23 @@
 The baselines are always the same: the full model trained alone; one fixed exit, or the best blind mix of two, at equal cost; random exits
 with the method's own shares; and a smaller static model trained alone, or the best mix of two, at equal cost. Nothing is tuned after the
 fact: the verdict is the card's predicate on the measured numbers.
+
+Trainings (`train_static`, `train_exits`) and what is computed from them (`measure_seed`, `conclude`) are apart, so that trainings may run
+side by side and those that several methods have in common run once.
 """
 
 from __future__ import annotations
 
 import math
+import random
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 
 from offramp import systems
 from offramp.budget import MeanCost, calibrate
@@ -46,21 +49,24 @@ class Settings:
 
     Attributes:
         data: ``digits`` (of scikit-learn), ``images`` or ``text``.
-        net: ``conv`` or ``text``, see `offramp.cli.nets`.
+        net: ``conv``, ``vit`` or ``text``, see `offramp.cli.nets`.
         depth: blocks of the full model.
         epochs: of each training.
         net_args: other arguments of the network.
-        static_depths: blocks of the smaller static models.
+        smaller: the smaller static models, each by the arguments in which it differs from the full one (``depth``, ``width``).
         train: data spec of the training items; ``{data}`` stands for the path given on the command line.
         test: data spec of the test items.
         train_split: split inside ``train``.
         test_split: split inside ``test``.
         calibration: share of the training items that is held out to choose thresholds, in (0, 1).
+        sentences: texts that are phrases of one another: hold out this many whole sentences instead of ``calibration``, and leave their
+            phrases out of training; 0 = off.
         test_share: share of the items held out for testing where there is no ``test`` spec, in (0, 1).
         batch_size: in training.
         learning_rate: highest, of AdamW, for all weights; it rises over the first fifth of the steps and falls by a cosine.
         weight_decay: of AdamW.
         augment: shift images by up to 4 pixels and mirror them, in training.
+        mixed_precision: of training on a CUDA device: ``no``, ``bf16`` or ``fp16``. A CPU trains, and every device measures, in float32.
         mean: subtracted from images per channel.
         std: divided by.
         vocabulary: words of the tokenizer that is made from the training texts.
@@ -75,17 +81,19 @@ class Settings:
     depth: int
     epochs: int
     net_args: Mapping[str, Any] = field(default_factory=dict)
-    static_depths: tuple[int, ...] = ()
+    smaller: tuple[Mapping[str, Any], ...] = ()
     train: str = ""
     test: str = ""
     train_split: str | None = None
     test_split: str | None = None
     calibration: float = 0.2
+    sentences: int = 0
     test_share: float = 0.3
     batch_size: int = 64
     learning_rate: float = 3e-3
     weight_decay: float = 0.01
     augment: bool = False
+    mixed_precision: str = "bf16"
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     vocabulary: int = 8000
@@ -122,43 +130,86 @@ def load_settings(path: Path, variant: str) -> Settings:
         raise unknown_key(settings.net, list(NETS), f"{path}, variant {variant}: net")
     if settings.data not in ("digits", "images", "text"):
         raise unknown_key(settings.data, ["digits", "images", "text"], f"{path}, variant {variant}: data")
-    if any(not 1 <= d < settings.depth for d in settings.static_depths):
-        raise InvalidInput(
-            f"{path}, variant {variant}: static_depths must lie between 1 and {settings.depth - 1}, got {settings.static_depths}."
-        )
+    if any(not isinstance(s, Mapping) or not s for s in settings.smaller):
+        raise InvalidInput(f"{path}, variant {variant}: smaller must list tables such as {{ depth = 2 }}, got {list(settings.smaller)}.")
     if not settings.seeds or not settings.budgets:
         raise InvalidInput(f"{path}, variant {variant}: seeds and budgets must not be empty.")
     return settings
 
 
-class Items(Dataset[tuple[Any, Tensor]]):
-    """Items in memory, with the augmentation of training where it is asked for."""
+class Items:
+    """Items in memory as whole tensors, on one device: batches are cut from them without workers or copies.
 
-    def __init__(self, inputs: Sequence[Any], labels: Tensor, pad: Mapping[str, int] | None = None, augment: bool = False) -> None:
-        self.inputs, self.labels, self.pad, self.augment = inputs, labels, pad, augment
+    Attributes:
+        inputs: ``[N, C, H, W]``, or for texts a mapping of ``[N, T]`` with 0 in ``attention_mask`` where there is padding.
+        labels: ``[N]`` int64.
+        texts: the texts themselves, or empty.
+    """
+
+    def __init__(self, inputs: Tensor | Mapping[str, Tensor], labels: Tensor, texts: Sequence[str] = ()) -> None:
+        self.inputs, self.labels, self.texts = inputs, labels, tuple(texts)
+        # On the host, so that cutting a batch to its longest text does not wait for the device.
+        self.lengths = None if isinstance(inputs, Tensor) else inputs["attention_mask"].sum(1).cpu()
 
     def __len__(self) -> int:
         return int(self.labels.numel())
 
-    def __getitem__(self, index: int) -> tuple[Any, Tensor]:
-        item = self.inputs[index]
-        if self.augment:
-            if torch.rand(()) < 0.5:
-                item = item.flip(-1)
-            top, left = torch.randint(0, 9, (2,)).tolist()
-            item = nn.functional.pad(item, (4, 4, 4, 4))[:, top : top + item.shape[1], left : left + item.shape[2]]
-        return item, self.labels[index]
+    def take(self, rows: Tensor) -> Items:
+        """Those of some rows."""
+        texts = [self.texts[i] for i in rows.tolist()] if self.texts else ()
+        return Items(self.at(rows.to(self.labels.device), None), self.labels[rows.to(self.labels.device)], texts)
 
-    def take(self, rows: Tensor, augment: bool = False) -> Items:
-        return Items([self.inputs[int(i)] for i in rows], self.labels[rows], self.pad, augment)
+    def to(self, device: str) -> Items:
+        """The same on a device."""
+        inputs = self.inputs.to(device) if isinstance(self.inputs, Tensor) else {k: v.to(device) for k, v in self.inputs.items()}
+        return Items(inputs, self.labels.to(device), self.texts)
 
-    def collate(self, batch: Sequence[tuple[Any, Tensor]]) -> tuple[Any, Tensor]:
-        inputs = [item for item, _ in batch]
-        labels = torch.stack([label for _, label in batch])
-        return (torch.stack(inputs) if self.pad is None else reading.pad_batch(inputs, self.pad)), labels
+    def at(self, rows: Tensor, length: int | None) -> Any:
+        """Inputs of some rows, texts cut to a length."""
+        return self.inputs[rows] if isinstance(self.inputs, Tensor) else {k: v[rows, :length] for k, v in self.inputs.items()}
 
-    def loader(self, batch_size: int, shuffle: bool = False) -> DataLoader[Any]:
-        return DataLoader(self, batch_size, shuffle=shuffle, collate_fn=self.collate)
+    def example(self) -> Any:
+        """Two inputs; texts have the median length, so that costs are those of a typical text."""
+        return self.at(torch.arange(2, device=self.labels.device), None if self.lengths is None else max(2, int(self.lengths.median())))
+
+
+class Batches:
+    """Batches ``(inputs, labels)`` of items, as often as it is iterated.
+
+    Args:
+        items: where they are cut from.
+        size: items in a batch.
+        train: shuffle, by the global random state, and leave out a last batch that is not full.
+        augment: mirror images and shift them by up to 4 pixels.
+    """
+
+    def __init__(self, items: Items, size: int, *, train: bool = False, augment: bool = False) -> None:
+        self.items, self.size, self.train, self.augment = items, size, train, augment
+
+    def __len__(self) -> int:
+        whole = len(self.items) // self.size
+        return max(1, whole) if self.train else math.ceil(len(self.items) / self.size)
+
+    def __iter__(self) -> Iterator[tuple[Any, Tensor]]:
+        order = torch.randperm(len(self.items)) if self.train else torch.arange(len(self.items))
+        there = order.to(self.items.labels.device)
+        for start in range(0, len(self) * self.size, self.size):
+            rows, lengths = there[start : start + self.size], self.items.lengths
+            longest = None if lengths is None else int(lengths[order[start : start + self.size]].max())
+            inputs = self.items.at(rows, longest)
+            yield (shifted(inputs) if self.augment else inputs), self.items.labels[rows]
+
+
+def shifted(images: Tensor, by: int = 4) -> Tensor:
+    """Images ``[B, C, H, W]`` mirrored with probability 1/2 and shifted by up to ``by`` pixels each way, zeros coming in; all at once."""
+    b, c, h, w = images.shape
+    device = images.device
+    images = torch.where(torch.rand(b, 1, 1, 1, device=device) < 0.5, images.flip(-1), images)
+    padded = nn.functional.pad(images, (by, by, by, by))
+    top, left = torch.randint(0, 2 * by + 1, (2, b, 1), device=device)
+    rows, columns = top + torch.arange(h, device=device), left + torch.arange(w, device=device)
+    item, channel = torch.arange(b, device=device)[:, None, None, None], torch.arange(c, device=device)[:, None, None]
+    return padded[item, channel, rows[:, None, :, None], columns[:, None, None, :]]
 
 
 @dataclass(frozen=True)
@@ -177,6 +228,10 @@ class Pool:
     classes: int
     vocabulary: int = 0
 
+    def to(self, device: str) -> Pool:
+        """The same on a device."""
+        return Pool(self.train.to(device), None if self.test is None else self.test.to(device), self.classes, self.vocabulary)
+
 
 def load_pool(settings: Settings, data: str | None) -> Pool:
     """Read the items of a variant.
@@ -192,7 +247,7 @@ def load_pool(settings: Settings, data: str | None) -> Pool:
     if settings.data == "digits":
         loaded = reading.optional("sklearn.datasets", "demo", "The digits data set").load_digits()
         images = torch.from_numpy(loaded.images).float().unsqueeze(1) / 16
-        return Pool(Items(list(images), torch.from_numpy(loaded.target).long()), None, 10)
+        return Pool(Items(images, torch.from_numpy(loaded.target).long()), None, 10)
     if not settings.train or ("{data}" in settings.train + settings.test and data is None):
         raise InvalidInput("This variant reads data from a path: give it with --data.")
     specs = [
@@ -205,9 +260,15 @@ def load_pool(settings: Settings, data: str | None) -> Pool:
     else:
         images_as = reading.Images(mean=settings.mean, std=settings.std)
     read = [reading.read(spec, split=split, images=images_as, texts=texts) for spec, split in specs]
-    classes = max(len(r.classes) for r in read)
-    held = [Items([r[i][0] for i in range(len(r))], _labels(r), r.pad if settings.data == "text" else None) for r in read]
-    return Pool(held[0], held[1] if len(held) > 1 else None, classes, settings.vocabulary)
+    held = [_items(r, settings.data == "text") for r in read]
+    return Pool(held[0], held[1] if len(held) > 1 else None, max(len(r.classes) for r in read), settings.vocabulary)
+
+
+def _items(records: reading.Records, text: bool) -> Items:
+    inputs = [records[i][0] for i in range(len(records))]
+    if text:
+        return Items(reading.pad_batch(inputs, records.pad), _labels(records), [str(records.raw(i)) for i in range(len(records))])
+    return Items(torch.stack(inputs), _labels(records))
 
 
 def _labels(records: reading.Records) -> Tensor:
@@ -216,100 +277,184 @@ def _labels(records: reading.Records) -> Tensor:
     return records.labels
 
 
-def make_net(settings: Settings, pool: Pool, depth: int) -> nn.Module:
-    """A network of the variant with the given depth."""
-    first = pool.train.inputs[0]
-    args: dict[str, Any] = {"classes": pool.classes, "depth": depth, **settings.net_args}
+def make_net(settings: Settings, pool: Pool, device: str = "cpu", **change: Any) -> nn.Module:
+    """A network of the variant, changed in some arguments, on a device."""
+    args: dict[str, Any] = {"classes": pool.classes, "depth": settings.depth, **settings.net_args}
     if settings.net == "text":
         args |= {"vocabulary": pool.vocabulary, "length": settings.length}
-    else:
-        args |= {"channels": int(first.shape[0]), "full_depth": settings.depth}
+    elif isinstance(pool.train.inputs, Tensor):
+        args["channels"] = int(pool.train.inputs.shape[1])
+        if settings.net == "vit":
+            args["size"] = int(pool.train.inputs.shape[2])
     try:
-        return NETS[settings.net](**args)
+        net = NETS[settings.net](**(args | change))
     except TypeError as error:
-        raise InvalidInput(f"net_args do not fit the net {settings.net!r}: {error}.") from error
+        raise InvalidInput(f"net_args or smaller do not fit the net {settings.net!r}: {error}.") from error
+    # Convolutions in reduced precision are several times faster with the channels last.
+    if device.startswith("cuda"):
+        return net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]  # missing in torch's stubs
+    return net.to(device)
 
 
-def run_seed(settings: Settings, pool: Pool, system: System, seed: int, device: str, say: Say) -> dict[str, Any]:
-    """Train, calibrate and measure once. Returns raw numbers as JSON data."""
-    train, held_out, test = _divide(settings, pool, seed)
-    example = train.collate([train[i] for i in range(2)])[0]
-    say(f"seed {seed}: full model")
-    full, full_flops, full_accuracy = _train_static(settings, pool, settings.depth, train, test, example, seed, device)
-    static = [Point("full model", 1.0, full_accuracy)]
-    for depth in settings.static_depths:
-        say(f"seed {seed}: static model of {depth} blocks")
-        _, flops, accuracy = _train_static(settings, pool, depth, train, test, example, seed, device)
-        static.append(Point(f"{depth} blocks", flops / full_flops, accuracy))
-    say(f"seed {seed}: {system.card.name}")
-    if system.recipe is None:
-        net = attach(full, example=example, system=system)
-    else:
-        torch.manual_seed(seed)
-        net = attach(make_net(settings, pool, settings.depth).to(device), example=example, system=system)
-        _fit(settings, net, train, system.recipe, seed, device)
-    say(f"seed {seed}: recording")
-    calibration = record(net, held_out.loader(256), rules=[system.rule], progress=False)
-    trace = record(net, test.loader(256), rules=[system.rule], progress=False)
-    return {
-        "seed": seed,
-        "items": {"train": len(train), "calibration": len(held_out), "test": len(test)},
-        "exits": list(trace.exits),
-        "exit_accuracy": exit_accuracy(trace).tolist(),
-        "exit_cost": (trace.cost / trace.base_cost).tolist(),
-        "full": {"accuracy": full_accuracy, "flops": full_flops},
-        "static": [{"name": p.name, "cost": p.cost, "accuracy": p.quality} for p in static],
-        "budgets": _budgets(settings, system, net, calibration, trace, static, full_accuracy),
-    }
+@dataclass(frozen=True)
+class Static:
+    """A network without exits, trained like the others.
+
+    Attributes:
+        name: what it is.
+        flops: per item.
+        accuracy: on the test items.
+    """
+
+    name: str
+    flops: int
+    accuracy: float
 
 
-def _divide(settings: Settings, pool: Pool, seed: int) -> tuple[Items, Items, Items]:
-    """Training, calibration and test items, drawn by seed."""
-    order = torch.randperm(len(pool.train), generator=torch.Generator().manual_seed(seed))
-    tested = 0 if pool.test is not None else round(settings.test_share * len(order))
-    test = pool.test if pool.test is not None else pool.train.take(order[:tested])
-    held = round(settings.calibration * (len(order) - tested))
-    if not 0 < held < len(order) - tested or not len(test):
-        raise InvalidInput(
-            f"calibration={settings.calibration} and test_share={settings.test_share} leave a part of {len(order)} items empty."
-        )
-    return pool.train.take(order[tested + held :], settings.augment), pool.train.take(order[tested : tested + held]), test
+@dataclass(frozen=True)
+class Recorded:
+    """A network with exits, trained and run on every item once.
+
+    Attributes:
+        calibration: trace of the held-out items.
+        test: trace of the test items.
+        head_flops: of each early exit, per item.
+        items: how many there were in training.
+    """
+
+    calibration: Trace
+    test: Trace
+    head_flops: tuple[int, ...]
+    items: int
 
 
-def _train_static(
-    settings: Settings, pool: Pool, depth: int, train: Items, test: Items, example: Any, seed: int, device: str
-) -> tuple[nn.Module, int, float]:
-    """A network without exits, trained like the others: itself, its FLOPs per item and its accuracy."""
+def train_static(settings: Settings, pool: Pool, change: Mapping[str, Any], seed: int, device: str) -> tuple[Static, nn.Module]:
+    """Train and test a network without exits; ``change`` is what differs from the full model, nothing for that one itself."""
+    train, _, test = divide(settings, pool, seed)
+    example = train.example()
     torch.manual_seed(seed)
-    model = make_net(settings, pool, depth).to(device)
+    model = make_net(settings, pool, device, **change)
     net = attach(model, at=["blocks.0"], example=example)  # the loop trains networks with exits; FinalOnly leaves this one out
     _fit(settings, net, train, Joint(FinalOnly()), seed, device)
-    model.eval()
     placed = as_example(example).to(net.device, net.dtype)
     flops = count_flops(model, *placed.args, **placed.kwargs) // 2
     right = 0
     with torch.inference_mode():
-        for inputs, labels in test.loader(256):
-            moved = as_device(inputs, device)
-            logits = model(**moved) if isinstance(moved, dict) else model(moved)
-            right += int((logits.argmax(-1).cpu() == labels).sum())
-    return model, flops, right / len(test)
+        for inputs, labels in Batches(test.to(device), 500):
+            logits = model(**inputs) if isinstance(inputs, dict) else model(inputs)
+            right += int((logits.argmax(-1) == labels).sum())
+    name = ", ".join(f"{key} {value}" for key, value in change.items()) or "full model"
+    return Static(name, flops, right / len(test)), model
 
 
-def as_device(inputs: Any, device: str) -> Any:
-    """A tensor or a mapping of tensors on a device."""
-    return {k: v.to(device) for k, v in inputs.items()} if isinstance(inputs, dict) else inputs.to(device)
+def train_exits(
+    settings: Settings, pool: Pool, system: System, seed: int, device: str, *, full: nn.Module | None = None, rules: Sequence[Any] = ()
+) -> Recorded:
+    """Train a method's network and record every exit on the held-out and the test items.
+
+    Args:
+        settings: of the variant.
+        pool: its items.
+        system: the method.
+        seed: of the division of the items, the weights and the training.
+        device: to train on.
+        full: the full model, trained; needed by a method that trains nothing.
+        rules: recorded besides the method's own.
+    """
+    train, held_out, test = divide(settings, pool, seed)
+    example = train.example()
+    if system.recipe is None:
+        if full is None:
+            raise InvalidInput(f"{system.card.name} trains nothing, so it needs the full model.")
+        net = attach(full, example=example, system=system)
+    else:
+        torch.manual_seed(seed)
+        net = attach(make_net(settings, pool, device), example=example, system=system)
+        _fit(settings, net, train, system.recipe, seed, device)
+    calibration, tested = (record(net, Batches(items, 500), rules=[system.rule, *rules], progress=False) for items in (held_out, test))
+    return Recorded(calibration, tested, tuple(e.head_flops for e in net.exits), len(train))
+
+
+def measure_seed(system: System, budgets: Sequence[float], seed: int, statics: Sequence[Static], recorded: Recorded) -> dict[str, Any]:
+    """What one repetition gave: raw numbers as JSON data.
+
+    Args:
+        system: the method.
+        budgets: as in `Settings`.
+        seed: for the record.
+        statics: the full model, then the smaller ones.
+        recorded: the method's network.
+    """
+    full, trace = statics[0], recorded.test
+    static = [Point(s.name, s.flops / full.flops, s.accuracy) for s in statics]
+    return {
+        "seed": seed,
+        "items": {"train": recorded.items, "calibration": recorded.calibration.items, "test": trace.items},
+        "exits": list(trace.exits),
+        "exit_accuracy": exit_accuracy(trace).tolist(),
+        "exit_cost": (trace.cost / trace.base_cost).tolist(),
+        "exit_cost_alone": (_alone(recorded) / trace.base_cost).tolist(),
+        "full": {"accuracy": full.accuracy, "flops": full.flops},
+        "static": [{"name": p.name, "cost": p.cost, "accuracy": p.quality} for p in static],
+        "budgets": _budgets(system, budgets, recorded, static, full.accuracy),
+    }
+
+
+def divide(settings: Settings, pool: Pool, seed: int) -> tuple[Items, Items, Items]:
+    """Training, calibration and test items, drawn by seed."""
+    order = torch.randperm(len(pool.train), generator=torch.Generator().manual_seed(seed))
+    tested = 0 if pool.test is not None else round(settings.test_share * len(order))
+    test = pool.test if pool.test is not None else pool.train.take(order[:tested])
+    if settings.sentences:
+        held_rows, rows = sentences_apart(pool.train.texts, settings.sentences, seed)
+    else:
+        held = round(settings.calibration * (len(order) - tested))
+        held_rows, rows = order[tested : tested + held], order[tested + held :]
+    if not len(held_rows) or not len(rows) or not len(test):
+        raise InvalidInput(
+            f"calibration={settings.calibration} and test_share={settings.test_share} leave a part of {len(order)} items empty."
+        )
+    return pool.train.take(rows), pool.train.take(held_rows), test
+
+
+def sentences_apart(texts: Sequence[str], count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Hold out whole sentences of a set that holds sentences and their phrases (SST-2 does).
+
+    Calibration needs items like those that are served, whole sentences, and must not see phrases that training saw.
+
+    Args:
+        texts: words separated by spaces.
+        count: sentences to hold out.
+        seed: of the draw.
+
+    Returns:
+        Rows of the sentences held out, and rows of the texts of which no two words in a row or more are a phrase of them.
+
+    Raises:
+        InvalidInput: there are fewer sentences.
+    """
+    words = [t.split() for t in texts]
+    ending = [i for i, w in enumerate(words) if len(w) >= 5 and w[-1] in (".", "!", "?")]
+    tails = {" ".join(words[i][k:]) for i in ending for k in range(1, len(words[i]))}
+    whole = [i for i in ending if " ".join(words[i]) not in tails]
+    if len(whole) <= count:
+        raise InvalidInput(f"sentences={count} must be held out, but there are {len(whole)} whole sentences among {len(texts)} texts.")
+    held = random.Random(seed).sample(whole, count)
+    parts = {" ".join(words[i][a:b]) for i in held for a in range(len(words[i])) for b in range(a + 2, len(words[i]) + 1)}
+    rest = [i for i, w in enumerate(words) if " ".join(w) not in parts]
+    return torch.tensor(held), torch.tensor(rest)
 
 
 def _fit(settings: Settings, net: MultiExit, train: Items, recipe: Any, seed: int, device: str) -> None:
     fit(
         net,
-        train.loader(settings.batch_size, shuffle=True),
+        Batches(train, settings.batch_size, train=True, augment=settings.augment),
         recipe,
         epochs=settings.epochs,
         optimizer=lambda parameters: torch.optim.AdamW(parameters, settings.learning_rate, weight_decay=settings.weight_decay),
         scheduler=warmup_cosine,
         max_grad_norm=1.0,
+        mixed_precision=settings.mixed_precision if device.startswith("cuda") else None,
         seed=seed,
         progress=False,
     )
@@ -328,16 +473,19 @@ def warmup_cosine(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.l
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
+def _alone(recorded: Recorded) -> Tensor:
+    """``[K]`` FLOPs of the network up to each exit with that head alone: all that a fixed exit needs."""
+    heads = torch.tensor([*recorded.head_flops, 0], dtype=torch.float64)
+    return recorded.test.cost - heads.cumsum(0) + heads
+
+
 def _budgets(
-    settings: Settings, system: System, net: MultiExit, calibration: Trace, trace: Trace, static: Sequence[Point], full_accuracy: float
+    system: System, wanted: Sequence[float], recorded: Recorded, static: Sequence[Point], full_accuracy: float
 ) -> list[dict[str, Any]]:
-    heads = torch.tensor([*(e.head_flops for e in net.exits), 0], dtype=torch.float64)
-    alone = trace.cost - heads.cumsum(0) + heads  # a fixed exit needs only its own head
-    fixed = Curve("fixed exit", upper_hull(fixed_exit_curve(trace, alone).points))
+    calibration, trace = recorded.calibration, recorded.test
+    fixed = Curve("fixed exit", upper_hull(fixed_exit_curve(trace, _alone(recorded)).points))
     smaller = curve("static models", upper_hull(static))
-    budgets = sorted(
-        {*settings.budgets, *([system.card.predicate.budget] if system.card.predicate and system.card.predicate.budget else [])}
-    )
+    budgets = sorted({*wanted, *([system.card.predicate.budget] if system.card.predicate and system.card.predicate.budget else [])})
     rows: list[dict[str, Any]] = []
     for budget in budgets:
         try:
@@ -346,11 +494,14 @@ def _budgets(
             rows.append({"budget": budget, "infeasible": True, "best": error.best})
             continue
         point = plan_point(trace, plan)
-        shares = torch.bincount(outcome(trace, plan).exits, minlength=len(trace.exits)) / trace.items
+        result = outcome(trace, plan)
+        shares = torch.bincount(result.exits, minlength=len(trace.exits)) / trace.items
         random = random_exit(trace, shares.double())
         row: dict[str, Any] = {
             "budget": budget,
             "cost": point.cost,
+            "cost_se": float((trace.cost / trace.base_cost)[result.exits].std() / trace.items**0.5),
+            "accuracy_se": (point.quality * (1 - point.quality) / trace.items) ** 0.5,
             "calibration_cost": plan.mean_cost,
             "accuracy": point.quality,
             "drop": full_accuracy - point.quality,
@@ -412,11 +563,38 @@ def reproduce(
         JSON data: claim, verdict, one row per budget averaged over seeds, and the raw numbers of every seed.
     """
     system = systems.build(name, **settings.system)
+    if system.card.predicate is None:
+        raise InvalidInput(f"The card of {name} has no predicate to measure.")
+    pool = load_pool(settings, data).to(device)
+    seeds = []
+    for seed in settings.seeds:
+        say(f"seed {seed}: full model")
+        full, model = train_static(settings, pool, {}, seed, device)
+        statics = [full]
+        for change in settings.smaller:
+            say(f"seed {seed}: static model, {change}")
+            statics.append(train_static(settings, pool, change, seed, device)[0])
+        say(f"seed {seed}: {system.card.name}")
+        recorded = train_exits(settings, pool, system, seed, device, full=model)
+        seeds.append(measure_seed(system, settings.budgets, seed, statics, recorded))
+    return conclude(system, settings, variant, seeds, environment(device))
+
+
+def conclude(
+    system: System, settings: Settings, variant: str, seeds: Sequence[Mapping[str, Any]], machine: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Claim, verdict and summary of the repetitions: the result as JSON data.
+
+    Args:
+        system: the method; its card has a predicate.
+        settings: of the variant.
+        variant: its name.
+        seeds: from `measure_seed`.
+        machine: `offramp.measure.clock.environment` of the machine that trained.
+    """
     predicate = system.card.predicate
     if predicate is None:
-        raise InvalidInput(f"The card of {name} has no predicate to measure.")
-    pool = load_pool(settings, data)
-    seeds = [run_seed(settings, pool, system, seed, device, say) for seed in settings.seeds]
+        raise InvalidInput(f"The card of {system.card.name} has no predicate to measure.")
     values = [v for s in seeds if (v := measured(predicate, s["budgets"])) is not None]
     estimate = across_seeds(values) if values else None
     return {
@@ -430,10 +608,10 @@ def reproduce(
         else {"value": estimate.value, "low": estimate.low, "high": estimate.high, "level": estimate.level, "values": values},
         "verdict": verdict(predicate, estimate),
         "summary": summarise(seeds),
-        "environment": environment(device),
+        "environment": dict(machine),
         "settings": asdict(settings),
         "composition": {axis: systems.describe(getattr(system, axis)) for axis in systems.AXES if getattr(system, axis) is not None},
-        "seeds": seeds,
+        "seeds": list(seeds),
     }
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from offramp import systems
 from offramp.cli import reproduce as reproducing
 from offramp.core.errors import InvalidInput
 from offramp.core.system import Predicate
@@ -25,7 +27,7 @@ data = "digits"
 net = "conv"
 net_args = { width = 2 }
 depth = 3
-static_depths = [1]
+smaller = [{ depth = 1 }]
 epochs = 1
 batch_size = 256
 """
@@ -53,7 +55,7 @@ class TestSettings:
             ("epochs = 1", "epoch = 1", "Did you mean 'epochs'"),
             ("depth = 3\n", "", "'depth' is missing"),
             ('net = "conv"', 'net = "conf"', "Did you mean 'conv'"),
-            ("static_depths = [1]", "static_depths = [3]", "between 1 and 2"),
+            ("smaller = [{ depth = 1 }]", "smaller = [1]", "must list tables"),
             ("budgets = [0.6, 0.9]", "budgets = []", "must not be empty"),
         ],
     )
@@ -112,7 +114,7 @@ class TestRun:
         seed = found["seeds"][0]
         assert found["predicate"]["budget"] == 0.67 and [r["budget"] for r in seed["budgets"]] == [0.6, 0.67, 0.9]
         assert seed["items"] == {"train": 1006, "calibration": 252, "test": 539}
-        assert [s["name"] for s in seed["static"]] == ["full model", "1 blocks"] and 0 < seed["static"][1]["cost"] < 1
+        assert [s["name"] for s in seed["static"]] == ["full model", "depth 1"] and 0 < seed["static"][1]["cost"] < 1
         for row in seed["budgets"]:
             if not row.get("infeasible"):
                 # The random baseline spends exactly what the method spent; the mix of exits cannot be worse than it.
@@ -129,15 +131,71 @@ class TestRun:
         assert offramp("reproduce", "branchynet", "--configs", tmp_path / "none").exit_code == 2
 
     def test_texts(self, tmp_path: Path) -> None:
-        rows = [f"{i % 2}\t{'good fine film' if i % 2 else 'bad dull film'} {i}" for i in range(60)]
+        rows = [f"{i % 2}\t{'good fine film' if i % 2 else 'bad dull film'} {i}" + " so" * (i % 3) for i in range(60)]
         (tmp_path / "a.tsv").write_text("label\ttext\n" + "\n".join(rows) + "\n")
         settings = reproducing.Settings("text", "text", 2, 1, {"width": 8, "heads": 2}, train="{data}/a.tsv", vocabulary=40, length=8)
         pool = reproducing.load_pool(settings, str(tmp_path))
         assert pool.classes == 2 and len(pool.train) == 60 and pool.test is None
-        inputs, labels = pool.train.collate([pool.train[0], pool.train[1]])
-        assert inputs["input_ids"].shape == (2, 5) and labels.tolist() == [0, 1]
-        logits = reproducing.make_net(settings, pool, 1)(**inputs)
-        assert logits.shape == (2, 2)
+        assert pool.train.texts[1] == "good fine film 1 so"
+        batches = reproducing.Batches(pool.train, 2)
+        assert len(batches) == 30
+        inputs, labels = next(iter(batches))  # lengths 5 and 6, the longest of all being 7
+        assert inputs["input_ids"].shape == inputs["attention_mask"].shape == (2, 6) and labels.tolist() == [0, 1]
+        assert reproducing.make_net(settings, pool, depth=1)(**inputs).shape == (2, 2)
+        assert pool.train.example()["input_ids"].shape == (2, 6)
+
+    def test_images_of_each_net(self, tmp_path: Path) -> None:
+        items = reproducing.Items(torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 2, 1]))
+        pool = reproducing.Pool(items, None, 3)
+        for net in ("conv", "vit"):
+            settings = reproducing.Settings("images", net, 2, 1, {"width": 8})
+            assert reproducing.make_net(settings, pool)(items.inputs).shape == (4, 3)
+        with pytest.raises(InvalidInput, match="smaller do not fit"):
+            reproducing.make_net(settings, pool, breadth=3)
+
+    def test_batches(self) -> None:
+        items = reproducing.Items(torch.arange(10.0).reshape(10, 1, 1, 1), torch.arange(10))
+        whole = list(reproducing.Batches(items, 4))
+        assert [len(y) for _, y in whole] == [4, 4, 2] and torch.equal(torch.cat([y for _, y in whole]), items.labels)
+        training = reproducing.Batches(items, 4, train=True)
+        torch.manual_seed(0)
+        first = list(training)
+        torch.manual_seed(0)
+        again = list(training)
+        assert len(training) == 2 and [len(y) for _, y in first] == [4, 4]
+        assert all(torch.equal(a[1], b[1]) for a, b in zip(first, again, strict=True))
+        assert all(torch.equal(x.flatten().long(), y) for x, y in first) and not torch.equal(first[0][1], items.labels[:4])
+        assert len(list(reproducing.Batches(items, 64, train=True))) == 1
+
+    def test_sentences_apart(self) -> None:
+        """Held-out texts are whole sentences, and no phrase of them is trained on."""
+        sentences = [f"the film number {i} is really very good ." for i in range(6)]
+        phrases = (
+            [f"number {i} is really very good ." for i in range(6)] + [f"film number {i}" for i in range(6)] + ["really very good", "good"]
+        )
+        held, rest = reproducing.sentences_apart(sentences + phrases, 2, seed=0)
+        texts = sentences + phrases
+        chosen = [texts[i] for i in held.tolist()]
+        assert len(set(chosen)) == 2 and set(chosen) <= set(sentences)
+        left = [texts[i] for i in rest.tolist()]
+        assert left and not any(" " in t and any(f" {t} " in f" {c} " for c in chosen) for t in left)
+        assert "good" in left and len(left) == 6 + 6 + 6 + 2 - 2 * 3 - 1
+        with pytest.raises(InvalidInput, match="6 whole sentences"):
+            reproducing.sentences_apart(texts, 6, seed=0)
+
+    def test_a_method_that_trains_nothing_needs_the_full_model(self) -> None:
+        pool = reproducing.Pool(reproducing.Items(torch.randn(40, 1, 8, 8), torch.arange(40) % 10), None, 10)
+        settings = reproducing.Settings("images", "conv", 3, 1, {"width": 2}, batch_size=8)
+        system = replace(systems.build("branchynet", exits=1), recipe=None)
+        with pytest.raises(InvalidInput, match="needs the full model"):
+            reproducing.train_exits(settings, pool, system, 0, "cpu")
+        full, model = reproducing.train_static(settings, pool, {}, 0, "cpu")
+        before = {k: v.clone() for k, v in model.state_dict().items()}
+        recorded = reproducing.train_exits(settings, pool, system, 0, "cpu", full=model)
+        assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+        # The recorded network is the full model: the same cost and the same accuracy at its last exit.
+        assert recorded.test.base_cost == full.flops
+        assert float((recorded.test.predictions[:, -1] == recorded.test.labels).double().mean()) == pytest.approx(full.accuracy)
 
     def test_learning_rate_rises_and_falls(self) -> None:
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], 1.0)
@@ -153,12 +211,16 @@ class TestRun:
             and schedule.get_last_lr()[0] == pytest.approx(0, abs=1e-12)
         )
 
-    def test_augmentation_shifts_and_mirrors_only_in_training(self) -> None:
-        images = [torch.arange(16.0).reshape(1, 4, 4)]
-        items = reproducing.Items(images, torch.zeros(1, dtype=torch.long))
-        assert torch.equal(items[0][0], images[0])
+    def test_augmentation_shifts_and_mirrors(self) -> None:
+        image = torch.arange(1.0, 17).reshape(1, 1, 4, 4)
         torch.manual_seed(0)
-        training = items.take(torch.tensor([0]), augment=True)
-        seen = [training[0][0] for _ in range(8)]
-        assert all(s.shape == (1, 4, 4) for s in seen) and any(not torch.equal(s, images[0]) for s in seen)
-        assert all(set(s.unique().tolist()) <= set(range(16)) for s in seen)
+        seen = reproducing.shifted(image.expand(64, -1, -1, -1), by=1)
+        assert seen.shape == (64, 1, 4, 4)
+        padded = torch.nn.functional.pad(image, (1, 1, 1, 1))[0, 0]
+        mirrored = torch.nn.functional.pad(image.flip(-1), (1, 1, 1, 1))[0, 0]
+        possible = [p[i : i + 4, j : j + 4] for p in (padded, mirrored) for i in range(3) for j in range(3)]
+        found = [next(n for n, p in enumerate(possible) if torch.equal(s[0], p)) for s in seen]
+        assert len(set(found)) > 12
+        channels = torch.stack([image[0, 0], 100 + image[0, 0]])[None].expand(8, -1, -1, -1)
+        moved = reproducing.shifted(channels, by=0)  # mirrored only; the channels move together
+        assert torch.equal(moved[:, 1], moved[:, 0] + 100)
