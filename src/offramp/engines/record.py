@@ -33,7 +33,7 @@ def zero_one(logits: Tensor, labels: Tensor) -> Tensor:
     if logits.shape[-1] < 2 or labels.shape != logits.shape[:1] or labels.is_floating_point():
         raise InvalidInput(
             f"The 0/1 error compares class indices: it was given answers {tuple(logits.shape)} and labels {tuple(labels.shape)} of "
-            f"{labels.dtype}; expected [B, 2 or more] and [B] of integers. For other tasks pass record(..., loss=...) with values in [0, 1]."
+            f"{labels.dtype}; expected [B, 2 or more] and [B] of integers. Otherwise pass record(..., loss=...) with values in [0, 1]."
         )
     return (logits.argmax(dim=-1) != labels).float()
 
