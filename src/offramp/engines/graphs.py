@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -77,12 +78,16 @@ class Mailbox:
         """Copy device values ``[size]``, none negative, to the host; part of a graph."""
         self._host.copy_(values, non_blocking=True)
 
+    @property
+    def ready(self) -> bool:
+        """Whether all values have arrived."""
+        return bool(self._view[-1] >= 0 and self._view.min() >= 0)
+
     def wait(self) -> list[int]:
         """Spin until all values have arrived."""
-        view = self._view
-        while view[-1] < 0 or view.min() < 0:
+        while not self.ready:
             pass
-        values: list[int] = view.tolist()
+        values: list[int] = self._view.tolist()
         return values
 
 
@@ -452,7 +457,7 @@ class StreamLoop:
         self.fill = [0] * len(self.loop.stages)
         self.next_id = 0  # next row to admit
         self.next_out = 0  # first row not yet returned
-        self.pending: list[tuple[Rows, int]] = []  # admitted by the host, not yet copied to the device
+        self.pending: deque[tuple[Rows, int]] = deque()  # admitted by the host, not yet copied to the device
         self.waiting = 0
         self.in_flight = False
         self.bench.count.zero_()
@@ -477,11 +482,11 @@ class StreamLoop:
         picked: list[Rows] = []
         total = 0
         while self.pending and total < room:
-            rows, count = self.pending.pop(0)
+            rows, count = self.pending.popleft()
             if count > room - total:
                 keep = room - total
                 index = torch.arange(count, device=self.loop.device)
-                self.pending.insert(0, (take(rows, layout, index[keep:]), count - keep))
+                self.pending.appendleft((take(rows, layout, index[keep:]), count - keep))
                 rows, count = take(rows, layout, index[:keep]), keep
             picked.append(rows)
             total += count
@@ -501,6 +506,7 @@ class StreamLoop:
         self.bench.mail.clear()
         self._graph(stage).replay()
         left = self.fill[stage] - self.bucket
+        self.fill[stage] = max(left, 0)
         if left > 0:  # what is behind the bucket moves to the front
             for buffer, dims in zip(self.bench.inputs[stage], self.loop.stages[stage].before.dims, strict=True):
                 if dims:
@@ -538,6 +544,8 @@ class StreamLoop:
 
     def step(self, drain: bool = False) -> bool:
         """Launch one stage: the deepest with a full bucket; when the backlog is full or at the end, the fullest or the first."""
+        if self.in_flight and not drain and self.waiting < self.bucket and not self.bench.mail.ready:
+            return False  # the device is busy and the next bucket is not complete: go on taking inputs in
         self.settle()
         if self.fill[0] < self.bucket and self.waiting and (drain or self.fill[0] + self.waiting >= self.bucket):
             self.push()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -43,7 +44,7 @@ class Assembly:
 
     def __init__(self, answer: MakeAnswers) -> None:
         self.answer = answer
-        self.sizes: list[int] = []
+        self.sizes: deque[int] = deque()
         self.pieces: list[tuple[Tensor, Tensor]] = []
         self.held = 0
 
@@ -55,11 +56,12 @@ class Assembly:
             self.pieces.append(run.collect(first, end))
             self.held += end - first
         whole: list[int] = []
-        while self.sizes and sum(whole) + self.sizes[0] <= self.held:
-            whole.append(self.sizes.pop(0))
+        taken = 0
+        while self.sizes and taken + self.sizes[0] <= self.held:
+            taken += self.sizes[0]
+            whole.append(self.sizes.popleft())
         if not whole:
             return
-        taken = sum(whole)
         if not taken:
             yield from (self.answer(None, None) for _ in whole)
             return
