@@ -192,7 +192,8 @@ class MultiExit(nn.Module):
         key = (self.device, self.dtype)
         if self._cut is None or self._cut[0] != key:
             example = self.example.to(*key)
-            self._cut = (key, cut(self.model, self.at, example.args, example.kwargs))
+            with torch.inference_mode(False):  # engines run in it, and writes in place cannot be seen there
+                self._cut = (key, cut(self.model, self.at, example.args, example.kwargs))
         return self._cut[1]
 
     def costs(self) -> tuple[Tensor, float]:
@@ -310,7 +311,6 @@ def attach(
     finally:
         for module, flag in training.items():
             module.training = flag
-    paths.sort(key=order.index)
     for path in paths:
         if states[path].shape[0] != final.shape[0]:
             raise NotCuttable(
@@ -324,6 +324,11 @@ def attach(
     specs = list(given) if isinstance(given, Sequence) else [given] * len(paths)
     if len(specs) != len(paths):
         raise InvalidInput(f"{len(specs)} heads were given for {len(paths)} exits {paths}; give one for all or one for each.")
+    for spec in specs:
+        if isinstance(spec, type) or not isinstance(spec, nn.Module | HeadSpec):
+            raise InvalidInput(f"A head is a part of offramp.exits, as in PooledLinear(), or a module; got {spec!r}.")
+    pairs = sorted(zip(paths, specs, strict=True), key=lambda pair: order.index(pair[0]))
+    paths, specs = [path for path, _ in pairs], [spec for _, spec in pairs]
     dynamic = _dynamic_length(placed)
     exits, heads = [], []
     for path, spec in zip(paths, specs, strict=True):
@@ -339,8 +344,12 @@ def attach(
         with torch.no_grad():
             logits = built(states[path], answers)
         built.train()
-        if logits.shape[0] != final.shape[0] or logits.shape[-1] != width:
-            raise InvalidInput(f"The head at {path!r} gives {tuple(logits.shape)}; expected {(final.shape[0], width)}.")
+        expected = (final.shape[0], *final.shape[1:-1], width)
+        if tuple(logits.shape) != expected:
+            raise InvalidInput(
+                f"The head at {path!r} gives {tuple(logits.shape)}; expected {expected}, the shape of the model's own answer. Give a head "
+                "of that shape, or pick the answer out of the model's output with select=."
+            )
         answers = (*answers, logits)
         shape = tuple(-1 if d == 1 and s in dynamic else s for d, s in enumerate(states[path].shape) if d > 0)
         exits.append(Exit(path, None if isinstance(spec, nn.Module) else spec, shape, flops))
@@ -389,10 +398,18 @@ def load(
         num_outputs = int(content["num_outputs"])
         expected = content["fingerprint"]
         included = bool(content["base_included"])
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ArtifactError(f"The adapter in {folder} lacks or garbles a field: {error}.") from error
     if included:
-        model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
+        weights = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
+        own = model.state_dict()
+        unlike = [k for k in sorted({*own, *weights}) if k not in own or k not in weights or own[k].shape != weights[k].shape]
+        if unlike:
+            raise FingerprintMismatch(
+                f"The weights in {folder} are of a {content.get('base')} and do not fit this {type(model).__qualname__}: {len(unlike)} names or "
+                f"shapes differ, first {unlike[0]!r}. Build the model as it was when the exits were saved."
+            )
+        model.load_state_dict(weights)
     elif (found := fingerprint(model)) != expected:
         raise FingerprintMismatch(
             f"The exits in {folder} were trained on a {content.get('base')} with fingerprint {expected[:12]}...; "
