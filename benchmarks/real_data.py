@@ -174,9 +174,11 @@ def train(args: argparse.Namespace) -> int:
 # ------------------------------------------------------------------------------------------------------------ the tables
 
 
-def collect(s: Study, variant: str, work: Path) -> tuple[list[int], dict[str, list[dict[str, Any]]], dict[str, list[Any]]]:
-    """Complete seeds, what each system measured in each, and the traces by network."""
-    seeds, measured, networks = [], {name: [] for name in s.systems}, {name: [] for name in dict.fromkeys(s.shared.values())}
+def collect(s: Study, variant: str, work: Path) -> tuple[list[int], dict[str, list[dict[str, Any]]]]:
+    """Complete seeds, and what each system measured in each."""
+    seeds: list[int] = []
+    measured: dict[str, list[dict[str, Any]]] = {name: [] for name in s.systems}
+    networks = list(dict.fromkeys(s.shared.values()))
     for seed in s.any.seeds:
         nets = [Job(variant, seed, None, name) for name in networks]
         plain = [Job(variant, seed, tuple(change.items())) for change in ({}, *s.any.smaller)]
@@ -192,7 +194,7 @@ def collect(s: Study, variant: str, work: Path) -> tuple[list[int], dict[str, li
             recorded[job.system] = reproducing.Recorded(held, test, tuple(about["head_flops"]), about["items"])
         for name, system in s.systems.items():
             measured[name].append(reproducing.measure_seed(system, s.any.budgets, seed, statics, recorded[s.shared[name]]))
-    return seeds, measured, networks
+    return seeds, measured
 
 
 def mean_interval(values: Sequence[float]) -> list[float]:
@@ -307,7 +309,7 @@ def tables(args: argparse.Namespace) -> int:
     parts = []
     for variant in dict.fromkeys(part.partition(":")[0] for part in args.variants.split(",")):
         s = study(args.configs, variant)
-        seeds, measured, _ = collect(s, variant, args.work)
+        seeds, measured = collect(s, variant, args.work)
         if not seeds:
             print(f"{variant}: no seed is complete", file=sys.stderr)
             continue
@@ -342,7 +344,9 @@ def pool(args: argparse.Namespace) -> int:
 
     pooled = replace(
         held,
-        **{name: both(name) for name in ("predictions", "losses", "labels")},
+        predictions=both("predictions"),
+        losses=both("losses"),
+        labels=both("labels"),
         logits=None,
         recorded={key: torch.cat([held.recorded[key], test.recorded[key]])},
         provenance={**held.provenance, "data": f"{variant}, seed {seed or 0}: {held.items} held-out and {test.items} test items"},
