@@ -406,8 +406,8 @@ def load(
         unlike = [k for k in sorted({*own, *weights}) if k not in own or k not in weights or own[k].shape != weights[k].shape]
         if unlike:
             raise FingerprintMismatch(
-                f"The weights in {folder} are of a {content.get('base')} and do not fit this {type(model).__qualname__}: {len(unlike)} names or "
-                f"shapes differ, first {unlike[0]!r}. Build the model as it was when the exits were saved."
+                f"The weights in {folder} are of a {content.get('base')} and do not fit this {type(model).__qualname__}: {len(unlike)} "
+                f"names or shapes differ, first {unlike[0]!r}. Build the model as it was when the exits were saved."
             )
         model.load_state_dict(weights)
     elif (found := fingerprint(model)) != expected:
