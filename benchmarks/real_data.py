@@ -233,7 +233,7 @@ def pareto(
         for i, row in enumerate(result["summary"]["budgets"]):
             per_seed = [seed["budgets"][i] for seed in measured[name] if not seed["budgets"][i].get("infeasible")]
             each = ("cost", "accuracy", "fixed", "random", "static")
-            extra = {"of_seeds": {key: [r[key] for r in per_seed if r[key] is not None] for key in each}}
+            extra: dict[str, Any] = {"of_seeds": {key: [r[key] for r in per_seed if r[key] is not None] for key in each}}
             extra |= {"item_se": [[r["cost_se"], r["accuracy_se"]] for r in per_seed]}
             gains = {
                 key: mean_interval(values)
