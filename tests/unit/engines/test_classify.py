@@ -10,7 +10,7 @@ import torch
 from engine_models import AT, CLASSES, EXITS, RULES, WIDTH, items, joined, network, plan_of, random_batches, rules, trace, vector_model
 from torch import Tensor, nn
 
-from offramp.budget import evaluate, leave_at
+from offramp.budget import MeanCost, calibrate, evaluate, leave_at
 from offramp.cli.nets import TextTransformer
 from offramp.core.certificate import Certificate, Plan
 from offramp.core.errors import FingerprintMismatch, InvalidInput, NoEffectWarning, NoSavingWarning
@@ -63,6 +63,21 @@ def test_engine_equals_replay_on_10000_items(name):
         assert torch.equal(exits, expected), label
         torch.testing.assert_close(output, answers, rtol=1e-5, atol=1e-5, msg=label)
         assert torch.equal(cost, run.costs[expected]), label
+
+
+@pytest.mark.filterwarnings("ignore::offramp.core.errors.OfframpWarning")
+@pytest.mark.parametrize("name", list(RULES))
+def test_engine_equals_replay_with_calibrated_thresholds(name):
+    """Thresholds as `calibrate` places them, between two scores of the calibration items that may be close together."""
+    found, rule = trace(), rules()[name]
+    plan = calibrate(found, rule, MeanCost(0.95))
+    expected = leave_at(found.scores(rule), plan.thresholds)
+    shares = torch.bincount(expected, minlength=EXITS + 1).double() / found.items
+    torch.testing.assert_close(shares, torch.tensor(plan.shares, dtype=torch.float64))
+    for mode, graphs in ((Latency(500), False), (Throughput(500), True)):
+        _, exits, cost = joined(compile(network(), plan, mode, measure=False, graphs=graphs).stream(items().split(500)))
+        assert torch.equal(exits, expected)
+        assert float(cost.mean()) / found.base_cost <= 0.95 + 1e-9
 
 
 # ------------------------------------------------------------------------------------------------------------ batches do not matter
