@@ -120,7 +120,7 @@ def test_reproduction(name: str) -> None:
     for variant in variants(path):
         settings = load_settings(path, variant)
         assert systems.build(name, **settings.system).card.name == name
-        assert settings.static_depths and len(settings.seeds) >= 3 and len(settings.budgets) >= 5
+        assert settings.smaller and len(settings.seeds) >= 3 and len(settings.budgets) >= 5
         assert predicate is not None and (predicate.budget is None or 0 < predicate.budget <= 1)
 
 
