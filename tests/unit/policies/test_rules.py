@@ -244,12 +244,15 @@ def test_compiles_without_a_break(name):
 def test_parts_round_trip(rule, tmp_path):
     described = json.loads(json.dumps(part_to_dict(rule), allow_nan=False))
     again = part_from_dict(described, PARTS)
-    assert part_key(again) == part_key(rule)
+    assert part_to_dict(again) == part_to_dict(rule)
     if isinstance(rule, nn.Module):
+        # Other weights are another rule: scores recorded with one must not be taken for the other's.
+        assert not rule.state_dict() or part_key(again) != part_key(rule)
         save_bundle(tmp_path, "rule", "rule", {}, rule.state_dict())
         again.load_state_dict(load_bundle(tmp_path, "rule", "rule")[1])
     else:
         assert again == rule and hash(again) == hash(rule)
+    assert part_key(again) == part_key(rule)
     logits, states = data(8)
     assert torch.equal(whole(again, logits, states), whole(rule, logits, states))
 
