@@ -1,9 +1,13 @@
 """Exit efficiency of the classify engine: ideal time / measured time, beside the strongest full model of the same run.
 
-Ideal = sum over segments of (share of rows that reach it x the segment's time at the full batch). Thresholds let about the same
-share of all rows leave at every exit. ``median_ms`` is per batch with batches given one after another, ``waited_ms`` with each waited
-for. Weights and inputs are random: this measures time, not accuracy. The full model is compiled
-and captured as a CUDA graph (on a CPU: run eagerly, as the engine's segments are).
+Ideal = sum over segments of (share of rows that reach it x the segment's time at the full batch). ``ideal_ms`` takes that time in a
+chain: all segments one after another over different batches, in the same rounds as the engine, so that caches, clocks and drift of
+the machine are those of the running model. On CUDA ``ideal_alone_ms`` is beside it: each segment repeated by itself, which finds its
+weights in the cache and is therefore a stricter yardstick than the model itself can meet.
+
+Thresholds let about the same share of all rows leave at every exit. ``median_ms`` is per batch with batches given one after another,
+``waited_ms`` with each waited for. Weights and inputs are random: this measures time, not accuracy. The full model is compiled and
+captured as a CUDA graph (on a CPU: run eagerly, as the engine's segments are).
 
     python benchmarks/efficiency.py --model vit_base_patch16_224 --exits blocks.2,blocks.5,blocks.8 --dtype bfloat16 --batch 1,32,256 \
         --incoming 1,8,32,256 --bucket 256 --items 2048 --out benchmarks/results/efficiency_vit_base_h100.json
@@ -95,13 +99,36 @@ class Static:
 
 
 class Chain:
-    """All segments one after another, each timed: what the model does, with a clock in between. For synchronous devices."""
+    """All segments at one batch size, one after another, each timed: what the model does, with a clock in between.
 
-    def __init__(self, net: MultiExit) -> None:
+    On CUDA each segment is a captured graph and the clock is events on the device.
+    """
+
+    def __init__(self, net: MultiExit, images: Tensor) -> None:
         self.cut = net.cut()
+        self.cuda = images.is_cuda
+        self.fixed: list[Static] = []
+        self.marks: list[list[torch.cuda.Event]] = []
         self.samples: list[list[float]] = [[] for _ in self.cut.segments]
+        if not self.cuda:
+            return
+        with torch.inference_mode():
+            state = self.cut.begin(images)
+            for k, segment in enumerate(self.cut.segments):
+                torch._dynamo.reset()
+                self.fixed.append(Static(segment.module, tuple(state.values[n] for n in segment.inputs)))
+                state = self.cut.run(state, k, k + 1)
 
     def __call__(self, batch: Tensor) -> None:
+        if self.cuda:
+            marks = [torch.cuda.Event(enable_timing=True) for _ in range(len(self.fixed) + 1)]
+            self.fixed[0].inputs[0].copy_(batch)
+            marks[0].record()
+            for fixed, mark in zip(self.fixed, marks[1:], strict=True):
+                fixed.graph.replay()
+                mark.record()
+            self.marks.append(marks)
+            return
         with torch.inference_mode():
             state = self.cut.begin(batch)
             for k, times in enumerate(self.samples):
@@ -110,30 +137,34 @@ class Chain:
                 times.append((time.perf_counter() - start) * 1e3)
 
     def median_ms(self) -> list[float]:
+        """Milliseconds of each segment; call after the device is done."""
+        for marks in self.marks:
+            for times, first, last in zip(self.samples, marks, marks[1:], strict=False):
+                times.append(first.elapsed_time(last))
+        self.marks.clear()
         return [statistics.median(times) for times in self.samples]
 
+    def alone_ms(self, clock: Clock) -> list[float] | None:
+        """Each segment repeated by itself; on a CPU nothing, where that would only say how large the cache is."""
+        if not self.cuda:
+            return None
+        return [statistics.median(clock.passes({"segment": fixed.graph.replay}, calls=20)["segment"]) for fixed in self.fixed]
 
-def segment_times(net: MultiExit, images: Tensor, size: int, clock: Clock) -> list[float]:
-    """Median milliseconds of each segment at this batch size, without heads.
 
-    On CUDA each segment alone, compiled and captured. On a CPU in a chain over different batches, as the model runs them: alone and
-    repeated, a segment would find its weights in the cache, where the model does not.
-    """
-    cut = net.cut()
-    if not images.is_cuda:
-        chain = Chain(net)
-        for batch in images.split(size)[: max(3, 256 // size)]:
-            chain(batch)
-        return chain.median_ms()
-    alone = []
-    with torch.inference_mode():
-        state = cut.begin(images[:size])
-        for k, segment in enumerate(cut.segments):
-            torch._dynamo.reset()
-            fixed = Static(segment.module, tuple(state.values[n] for n in segment.inputs))
-            alone.append(statistics.median(clock.passes({"segment": fixed.graph.replay}, calls=20)["segment"]))
-            state = cut.run(state, k, k + 1)
-    return alone
+def ideal(reach: list[float], segment_ms: list[float]) -> float:
+    return sum(r * t for r, t in zip(reach, segment_ms, strict=True))
+
+
+def efficiency(
+    reach: list[float], chain_ms: list[float], alone_ms: list[float] | None, measured_ms: float, batches: float
+) -> dict[str, Any]:
+    """Fields of a row: ideal times of ``batches`` full batches and what share of the measured time they are."""
+    row: dict[str, Any] = {"reach": [round(r, 4) for r in reach], "ideal_ms": ideal(reach, chain_ms) * batches}
+    row["exit_efficiency"] = row["ideal_ms"] / measured_ms
+    if alone_ms is not None:
+        row["ideal_alone_ms"] = ideal(reach, alone_ms) * batches
+        row["exit_efficiency_alone"] = row["ideal_alone_ms"] / measured_ms
+    return row
 
 
 def drive(runner: Callable[..., Any], batches: Iterable[Tensor], sync: Callable[[], None] | None = None) -> None:
@@ -151,28 +182,32 @@ def throughput(
     images: Tensor,
     bucket: int,
     incoming_sizes: list[int],
-    segment_ms: list[float],
     clock: Clock,
     keep: Callable[[dict[str, Any]], None],
 ) -> None:
     """Rows of throughput mode: whole streams, filling and draining included."""
+    chain = Chain(net, images[:bucket])
+    alone = chain.alone_ms(clock)
     torch._dynamo.reset()
     engine = compile(net, plan, Throughput(bucket), drop=False, measure=False)
     whole = len(images) // bucket * bucket
+    torch._dynamo.reset()
     full = Static(model, (images[:bucket],))
-    functions: dict[str, Callable[[], object]] = {"full": lambda: drive(full, images[:whole].split(bucket))}
+    functions: dict[str, Callable[[], object]] = {
+        "full": lambda: drive(full, images[:whole].split(bucket)),
+        "chain": lambda: drive(chain, images[:whole].split(bucket)),
+    }
     exits_at = {}
     for incoming in incoming_sizes:
         batches = images[:whole].split(incoming)
         exits_at[incoming] = torch.cat([a.exit for a in engine.stream(batches)])
         functions[f"throughput_{incoming}"] = lambda batches=batches: [None for _ in engine.stream(batches)]
     samples = clock.passes(functions)
-    full_ms = statistics.median(samples["full"])
-    keep({"mode": "full", "batch": bucket, "median_ms": full_ms, "items": whole, "samples_ms": samples["full"]})
+    full_ms, segment_ms = statistics.median(samples["full"]), chain.median_ms()
+    keep({"mode": "full", "bucket": bucket, "median_ms": full_ms, "items": whole, "segment_ms": segment_ms, "samples_ms": samples["full"]})
     for incoming, exits_found in exits_at.items():
         times = samples[f"throughput_{incoming}"]
         reach = [float((exits_found >= k).float().mean()) for k in range(len(net.names))]
-        ideal = sum(r * t for r, t in zip(reach, segment_ms, strict=True)) * whole / bucket
         median = statistics.median(times)
         keep(
             {
@@ -181,8 +216,7 @@ def throughput(
                 "bucket": bucket,
                 "items": whole,
                 "median_ms": median,
-                "ideal_ms": ideal,
-                "exit_efficiency": ideal / median,
+                **efficiency(reach, segment_ms, alone, median, whole / bucket),
                 "over_full": median / full_ms,
                 "samples_ms": times,
             }
@@ -241,13 +275,8 @@ def main() -> None:
         )
 
     warnings.simplefilter("ignore", OfframpWarning)
-    segments: dict[int, list[float]] = {}
-    for size in sorted({*(int(b) for b in args.batch.split(",")), args.bucket}):
-        segments[size] = segment_times(net, images, size, clock)
-        print(f"segments at batch {size}: {[round(t, 4) for t in segments[size]]} ms", flush=True)
-
     if "throughput" in modes:
-        throughput(net, plan, model, images, args.bucket, [int(b) for b in args.incoming.split(",")], segments[args.bucket], clock, keep)
+        throughput(net, plan, model, images, args.bucket, [int(b) for b in args.incoming.split(",")], clock, keep)
 
     for size in (int(b) for b in args.batch.split(",")):
         torch._dynamo.reset()
@@ -265,10 +294,12 @@ def main() -> None:
             engines["never"] = compile(net, never(net, Confidence()), Latency(size))
         exits = {name: torch.cat([engine(b).exit for b in batches]) for name, engine in engines.items()}
         runners: dict[str, Callable[..., Any]] = {"full": full, **engines}
-        chain = Chain(net)
-        if device.type == "cpu":
-            runners["chain"] = chain
+        chain = Chain(net, images[:size])
+        alone = chain.alone_ms(clock)
+        runners["chain"] = chain
         samples = clock.passes({n: (lambda r=r, batches=batches: drive(r, batches)) for n, r in runners.items()})
+        del samples["chain"], runners["chain"]
+        segment_ms = chain.median_ms()
         # On a CPU a call returns when it is done, so waiting changes nothing.
         waited = (
             samples
@@ -276,17 +307,15 @@ def main() -> None:
             else clock.passes({n: (lambda r=r, batches=batches: drive(r, batches, clock.sync)) for n, r in runners.items()})
         )
         flops = net.costs()[1] * size
-        if samples.pop("chain", None):
-            segments[size] = chain.median_ms()  # of the same rounds, so that drift of the machine hits ideal and measured alike
         for name, times in samples.items():
             median = statistics.median(times) / len(batches)
             row: dict[str, Any] = {"mode": name, "batch": size, "median_ms": median, "samples_ms": [t / len(batches) for t in times]}
             row["waited_ms"] = statistics.median(waited[name]) / len(batches)
             if name in exits:
                 reach = [float((exits[name] >= k).float().mean()) for k in range(len(net.names))]
-                ideal = sum(r * t for r, t in zip(reach, segments[size], strict=True))
-                row |= {"reach": [round(r, 4) for r in reach], "ideal_ms": ideal, "exit_efficiency": ideal / median}
+                row |= efficiency(reach, segment_ms, alone, median, 1)
             else:
+                row["segment_ms"] = segment_ms
                 row["floor_ms"] = limit.floor_ms(flops, sum(s.param_bytes for s in net.cut().spec.segments))
             row["over_full"] = median / (statistics.median(samples["full"]) / len(batches))
             keep(row)

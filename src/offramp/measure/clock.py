@@ -267,7 +267,8 @@ def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
     """What a measurement depends on, as JSON data: commit, versions, device, threads, date.
 
     The commit is given only when this very source file is tracked there: an installed copy inside some other project's
-    checkout has none.
+    checkout has none. Where the source travels without its repository, the variable ``OFFRAMP_COMMIT`` may name it, and
+    ``uncommitted_changes`` is then unknown (``None``).
 
     Args:
         device: what the measurement ran on; CUDA is asked for its name only if this is a CUDA device.
@@ -282,7 +283,7 @@ def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
             continue
     out: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": commit,
+        "commit": commit or os.environ.get("OFFRAMP_COMMIT"),
         "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")) if commit else None,
         "versions": versions,
         "platform": platform.platform(),
