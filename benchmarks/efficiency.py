@@ -28,8 +28,8 @@ from torch import Tensor
 from offramp.core.bundle import write_json
 from offramp.core.certificate import Plan
 from offramp.core.errors import OfframpWarning
+from offramp.engines.capture import Graph
 from offramp.engines.classify import Latency, Quota, Runner, Throughput, compile
-from offramp.engines.graphs import Graph
 from offramp.engines.record import record
 from offramp.exits import MeanPool, PooledLinear, TokenPool
 from offramp.measure.clock import compare, environment

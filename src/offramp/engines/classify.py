@@ -7,7 +7,8 @@ leaves at each exit; static shapes, the budget met exactly, and answers that dep
 In the first two modes an answer depends on its own input alone. Predictions of all current rows are written by index and
 survivors alone are compacted: one gather and no reordering at the end.
 
-This file is the host loop, which runs on any device. On CUDA `offramp.engines.graphs` runs the same stages as captured graphs.
+This file is the host loop, which runs on any device. On CUDA `offramp.engines.graphs` and
+`offramp.engines.graph_stream` run the same stages as captured graphs.
 """
 
 from __future__ import annotations
@@ -25,9 +26,10 @@ from offramp.core.batches import unpack_batch
 from offramp.core.certificate import Plan
 from offramp.core.errors import InvalidInput, NoEffectWarning, NoSavingWarning
 from offramp.core.trace import LatencyTable
-from offramp.engines.graphs import GraphLoop, StreamLoop, ascending
+from offramp.engines.graph_stream import Streams
+from offramp.engines.graphs import MAX_SIGNATURES, GraphLoop, ascending
 from offramp.engines.profile import interpolate, measure_table, worthwhile
-from offramp.engines.queues import Answers, Assembly, Queues
+from offramp.engines.queues import Answers, Queues
 from offramp.engines.stages import Layout, Rows, Stage, begin, exit_costs, make_stages, placed, signature, take
 from offramp.network import MultiExit
 
@@ -105,7 +107,8 @@ class Runner:
     table: LatencyTable | None = None
     dropped: dict[str, str] = field(default_factory=dict)
     loop: GraphLoop | None = None
-    _known: dict[Any, tuple[list[int], Rows, Layout, Any]] = field(default_factory=dict, repr=False)
+    _known: dict[Any, tuple[list[int], Rows, Layout, Any, int]] = field(default_factory=dict, repr=False)
+    _streams: Streams | None = field(default=None, repr=False)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Answers:
         """Answers for one batch, inputs given as to the model.
@@ -145,20 +148,32 @@ class Runner:
         Inputs that are plain tensors of shapes seen before skip the checks: at batch 1 those cost as much as a block.
         """
         flat = (*args, *kwargs.values())
+        marks = [(t.shape, t.dtype, t.device) if isinstance(t, Tensor) else (type(t), t) for t in flat]
+        try:
+            known = self._known.get(shapes := (len(args), *kwargs, *marks))
+        except TypeError:  # nested inputs, which have no hash
+            known, shapes = None, None
+        if known is not None:
+            order, carried, layout, key, count = known
+            return key, (*[flat[i] for i in order], *carried), layout, count
         plain = all(t.ndim if isinstance(t, Tensor) else isinstance(t, bool | int | float | str | None) for t in flat)
-        marks = ((t.shape, t.dtype, t.device) if isinstance(t, Tensor) else (type(t), t) for t in flat)
-        shapes = (len(args), *kwargs, *marks) if plain else None
-        if shapes in self._known:
-            order, carried, layout, key = self._known[shapes]
-            return key, (*(flat[i] for i in order), *carried), layout, int(flat[order[0]].shape[layout.dims[0][0]])
         placed_args, placed_kwargs = self._place(args, kwargs)
         rows, layout, count = begin(self.net, self.plan, placed_args, placed_kwargs)
         key = signature(rows, layout)
         order = [next((i for i, t in enumerate(flat) if t is r), -1) for r in rows[: len(layout.live)]]
         # Given as they are used: nothing was moved, cast or nested, and no tensor stands for two inputs.
-        if plain and -1 not in order and len(set(order)) == len(order) and all(layout.batch_dims):
-            self._known[shapes] = (order, rows[len(layout.live) :], layout, key)
+        if shapes and plain and -1 not in order and len(set(order)) == len(order) and all(layout.batch_dims):
+            if len(self._known) >= 8 * MAX_SIGNATURES:
+                self._known.clear()
+            self._known[shapes] = (order, rows[len(layout.live) :], layout, key, count)
         return key, rows, layout, count
+
+    def _entered(self, batches: Iterable[Any]) -> Iterator[tuple[Any, Rows, Layout, int]]:
+        for batch in batches:  # the loader's code is not inference
+            args, kwargs = _inputs(batch)
+            with torch.inference_mode():
+                entered = self._enter(args, kwargs)
+            yield entered
 
     def loop_table(self, size: int) -> LatencyTable:
         """Capture the graphs for a batch size on repeated example rows and time them. Only with graphs."""
@@ -283,45 +298,11 @@ class Runner:
             rows, index = take(rows, stage.after, keep), index[keep]
         return self._answers(output, exits)
 
-    def _graph_throughput(self, loop: GraphLoop, mode: Throughput, batches: Iterable[Any]) -> Iterator[Answers]:
-        """Throughput mode over captured graphs. A batch of another signature waits until the queues are empty."""
-        run: StreamLoop | None = None
-        current: Any = None
-        turn = 0
-        waiting = Assembly(self._answers)
-        for batch in batches:
-            done: list[Answers] = []
-            with torch.inference_mode():  # left before a yield: what the consumer does is not inference
-                key, rows, layout, count = self._enter(*_inputs(batch))
-                if run is not None:
-                    run.check(turn)
-                if count and key != current:
-                    done += self._drain(run, waiting)
-                    run, current = loop.stream(key, rows, layout, mode.bucket, mode.backlog), key
-                    turn = run.turn
-                waiting.expect(count)
-                if run is not None and count:
-                    run.admit(rows, count)
-                    while run.step():
-                        done += waiting.collect(run)
-            yield from done
-        with torch.inference_mode():
-            if run is not None:
-                run.check(turn)
-            done = self._drain(run, waiting)
-        yield from done
-
-    def _drain(self, run: StreamLoop | None, waiting: Assembly) -> list[Answers]:
-        done: list[Answers] = []
-        while run is not None and run.unfinished:
-            if not run.step(drain=True):
-                run.finish()
-            done += waiting.collect(run)
-        return [*done, *waiting.empty_batches()]
-
     def _throughput(self, mode: Throughput, batches: Iterable[Any]) -> Iterator[Answers]:
         if self.loop is not None:
-            yield from self._graph_throughput(self.loop, mode, batches)
+            if self._streams is None:
+                self._streams = Streams(self.loop, mode.bucket, mode.backlog, self._answers)
+            yield from self._streams.run(self._entered(batches))
             return
         limit = mode.bucket * mode.backlog
         stream = Queues(self.stages, [self._threshold(s) for s in self.stages], mode.bucket, self._answers)

@@ -1,9 +1,8 @@
-"""What throughput mode keeps between stages: queues on the host, and answers put back into the order of the inputs."""
+"""Throughput mode on the host: what an engine answers, and the queues between stages."""
 
 from __future__ import annotations
 
 import operator
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offramp.engines.graphs import StreamLoop
-from offramp.engines.stages import Layout, Rows, Stage, join, signature, take
+from offramp.engines.stages import Layout, Rows, Stage, join, part, signature, take
 
 
 @dataclass(frozen=True)
@@ -37,43 +35,6 @@ class Answers:
 
 MakeAnswers = Callable[[Tensor | None, Tensor | None], Answers]
 """Makes answers from outputs and exits; from ``None, None`` those of a batch without rows."""
-
-
-class Assembly:
-    """Cuts the rows that a graph stream returns, in order, into the batches that went in."""
-
-    def __init__(self, answer: MakeAnswers) -> None:
-        self.answer = answer
-        self.sizes: deque[int] = deque()
-        self.pieces: list[tuple[Tensor, Tensor]] = []
-        self.held = 0
-
-    def expect(self, rows: int) -> None:
-        self.sizes.append(rows)
-
-    def collect(self, run: StreamLoop) -> Iterator[Answers]:
-        for first, end in run.finished():
-            self.pieces.append(run.collect(first, end))
-            self.held += end - first
-        whole: list[int] = []
-        taken = 0
-        while self.sizes and taken + self.sizes[0] <= self.held:
-            taken += self.sizes[0]
-            whole.append(self.sizes.popleft())
-        if not whole:
-            return
-        if not taken:
-            yield from (self.answer(None, None) for _ in whole)
-            return
-        output, exits = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*self.pieces, strict=True))
-        self.pieces = [(output[taken:], exits[taken:])] if taken < self.held else []
-        self.held -= taken
-        yield from (self.answer(*parts) for parts in zip(output[:taken].split(whole), exits[:taken].split(whole), strict=True))
-
-    def empty_batches(self) -> Iterator[Answers]:
-        """What is left when no row is waiting: batches without rows."""
-        yield from (self.answer(None, None) for _ in self.sizes)
-        self.sizes.clear()
 
 
 class Queues:
@@ -145,10 +106,8 @@ class Queues:
             rows, ids = parts.pop(0)
             room = self.bucket - total
             if len(ids) > room:
-                device = rows[0].device
-                head, tail = torch.arange(room, device=device), torch.arange(room, len(ids), device=device)
-                parts.insert(0, (take(rows, stage.before, tail), ids[room:]))
-                rows, ids = take(rows, stage.before, head), ids[:room]
+                parts.insert(0, (part(rows, stage.before, room, len(ids)), ids[room:]))
+                rows, ids = part(rows, stage.before, 0, room), ids[:room]
             picked.append((rows, ids))
             total += len(ids)
         if parts:

@@ -60,6 +60,16 @@ def take(rows: Rows, layout: Layout, index: Tensor) -> Rows:
     return tuple(picked)
 
 
+def part(rows: Rows, layout: Layout, start: int, stop: int) -> Rows:
+    """Rows ``start`` to ``stop - 1`` of everything, as views."""
+    picked = []
+    for tensor, dims in zip(rows, layout.dims, strict=True):
+        for dim in dims:
+            tensor = tensor.narrow(dim, start, stop - start)
+        picked.append(tensor)
+    return tuple(picked)
+
+
 def join(parts: Sequence[Rows], layout: Layout) -> Rows:
     """Several groups of rows as one, in order. Tensors without a batch dimension are taken from the first group."""
     if len(parts) == 1:

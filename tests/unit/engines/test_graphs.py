@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from offramp.budget import leave_at
 from offramp.core.certificate import Plan
 from offramp.core.errors import InvalidInput
+from offramp.engines.buffers import buckets
+from offramp.engines.capture import Graph, Mailbox
 from offramp.engines.classify import Latency, Quota, Throughput, compile
-from offramp.engines.graphs import Graph, Mailbox, ascending, buckets
+from offramp.engines.graphs import ascending
 from offramp.network import attach
 from offramp.policies import Confidence
 

@@ -1,0 +1,95 @@
+"""Capturing calls as CUDA graphs, and reading a device's counts without a synchronisation.
+
+On the CPU a "graph" is a plain call and a mailbox is filled at once: that is how what is built on them is tested.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Graph:
+    """A captured call: ``replay()`` runs it again on the same memory."""
+
+    def __init__(self, function: Callable[[], object], device: torch.device, pool: Any) -> None:
+        self._function = function
+        self._graph: torch.cuda.CUDAGraph | None = None
+        if device.type != "cuda":
+            function()  # as below: what is captured has run before, so its effects must not matter
+            return
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            for _ in range(2):  # compile and warm up outside the capture
+                function()
+        torch.cuda.current_stream(device).wait_stream(stream)
+        torch.cuda.synchronize(device)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
+            function()
+
+    def replay(self) -> None:
+        if self._graph is None:
+            self._function()
+        else:
+            self._graph.replay()
+
+
+class Recorder:
+    """Makes graphs on one device that share one memory pool.
+
+    Args:
+        device: where they run.
+        compiled: run what is captured through ``torch.compile``, for each size by itself: code for any size is a seventh slower.
+    """
+
+    def __init__(self, device: torch.device, compiled: bool) -> None:
+        self.device, self.compiled = device, compiled
+        self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+
+    def wrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        return torch.compile(function, dynamic=False) if self.compiled else function
+
+    def graph(self, function: Callable[[], object]) -> Graph:
+        # All stages and sizes share one code object, and the compiler limits the versions of it.
+        limits: dict[str, Any] = {"recompile_limit": 1024, "accumulated_recompile_limit": 4096}
+        with torch._dynamo.config.patch(limits) if self.compiled else contextlib.nullcontext():
+            return Graph(function, self.device, self.pool)
+
+
+class Mailbox:
+    """Integers that the device writes and the host waits for, without a synchronisation.
+
+    The host marks the box empty, launches work that ends in `post`, and spins in `wait` on pinned memory.
+    """
+
+    EMPTY = -1
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        host = torch.full((size,), self.EMPTY, dtype=torch.int64)
+        self._host = host.pin_memory() if device.type == "cuda" else host
+        self._view = self._host.numpy()
+
+    def clear(self) -> None:
+        self._view.fill(self.EMPTY)
+
+    def post(self, values: Tensor) -> None:
+        """Copy device values ``[size]``, none negative, to the host; part of a graph."""
+        self._host.copy_(values, non_blocking=True)
+
+    @property
+    def ready(self) -> bool:
+        """Whether all values have arrived."""
+        return bool(self._view[-1] >= 0 and self._view.min() >= 0)
+
+    def wait(self) -> list[int]:
+        """Spin until all values have arrived."""
+        while not self.ready:
+            pass
+        values: list[int] = self._view.tolist()
+        return values
