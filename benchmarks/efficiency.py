@@ -281,7 +281,7 @@ def main() -> None:
     for size in (int(b) for b in args.batch.split(",")):
         torch._dynamo.reset()
         full = Static(model, (images[:size],))
-        batches = images[: max(size, args.items if size > 1 else min(args.items, 256))].split(size)
+        batches = images[: max(size, args.items if size > 1 else min(args.items, 128 if device.type == "cpu" else 256))].split(size)
         batches = [b for b in batches if b.shape[0] == size]
         engines: dict[str, Runner] = {}
         for name, mode in (("latency", Latency(size)), ("quota", Quota(size))):
