@@ -122,7 +122,8 @@ class Chain:
     def __call__(self, batch: Tensor) -> None:
         if self.cuda:
             marks = [torch.cuda.Event(enable_timing=True) for _ in range(len(self.fixed) + 1)]
-            self.fixed[0].inputs[0].copy_(batch)
+            with torch.inference_mode():
+                self.fixed[0].inputs[0].copy_(batch)
             marks[0].record()
             for fixed, mark in zip(self.fixed, marks[1:], strict=True):
                 fixed.graph.replay()
