@@ -15,7 +15,7 @@ from offramp.budget import leave_at
 from offramp.cli.nets import ConvNet, TextTransformer
 from offramp.core.errors import NoEffectWarning
 from offramp.engines.classify import Latency, Quota, Throughput, compile, quota_sizes
-from offramp.engines.graphs import ascending
+from offramp.engines.graphs import in_order, ranks
 from offramp.engines.record import record
 from offramp.network import attach, load_plan, never
 from offramp.policies import Confidence, LearnedGate, Patience
@@ -101,7 +101,7 @@ def test_quota_leaves_the_same_rows_as_on_the_host():
 
 def test_ties_are_broken_by_position():
     score = torch.tensor([0.5, 0.25, 0.5, 0.25, 1.0], device=DEVICE)
-    assert ascending(score).tolist() == [1, 3, 0, 2, 4]
+    assert in_order(ranks(score), 5).tolist() == [1, 3, 0, 2, 4]
 
 
 @pytest.mark.filterwarnings("ignore::offramp.core.errors.NoSavingWarning")

@@ -4,11 +4,10 @@ Three modes. *Latency*: one batch at a time; after an exit the survivors are gat
 inputs; each stage has a queue and runs when the queue fills a bucket, so that freed slots refill at once. *Quota*: a fixed number
 leaves at each exit; static shapes, the budget met exactly, and answers that depend on batch mates.
 
-In the first two modes an answer depends on its own input alone. Predictions of all current rows are written by index and
-survivors alone are compacted: one gather and no reordering at the end.
+In the first two modes an answer depends on its own input alone.
 
-This file is the host loop, which runs on any device. On CUDA `offramp.engines.graphs` and
-`offramp.engines.graph_stream` run the same stages as captured graphs.
+This file is the way in: what is run, and on which inputs. Stages run in `offramp.engines.host` and `offramp.engines.queues` on any
+device, and in `offramp.engines.graphs` and `offramp.engines.graph_stream` as captured graphs on CUDA.
 """
 
 from __future__ import annotations
@@ -20,70 +19,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from offramp.core.batches import unpack_batch
 from offramp.core.certificate import Plan
 from offramp.core.errors import InvalidInput, NoEffectWarning, NoSavingWarning
 from offramp.core.trace import LatencyTable
+from offramp.engines import host
 from offramp.engines.graph_stream import Streams
-from offramp.engines.graphs import MAX_SIGNATURES, GraphLoop, ascending
+from offramp.engines.graphs import MAX_SIGNATURES, GraphLoop
+from offramp.engines.modes import Latency, Mode, Quota, Throughput, quota_sizes
 from offramp.engines.profile import interpolate, measure_table, worthwhile
 from offramp.engines.queues import Answers, Queues
 from offramp.engines.stages import Layout, Rows, Stage, begin, exit_costs, make_stages, placed, signature, take
-from offramp.network import MultiExit
-
-
-@dataclass(frozen=True)
-class Latency:
-    """One batch at a time, back as soon as possible.
-
-    Attributes:
-        batch_size: rows a batch usually has: what the engine measures and decides for. Other sizes run too.
-        compact: gather survivors: ``None`` = where measurements say it pays, ``True`` = always, ``False`` = never (for comparison).
-    """
-
-    batch_size: int = 1
-    compact: bool | None = None
-
-
-@dataclass(frozen=True)
-class Throughput:
-    """A stream of inputs of any batch size, each stage run on full buckets; results come in input order.
-
-    Attributes:
-        bucket: rows a stage runs on.
-        backlog: inputs admitted before the oldest must be finished, in buckets; bounds memory and the wait of a hard input.
-    """
-
-    bucket: int = 64
-    backlog: int = 8
-
-
-@dataclass(frozen=True)
-class Quota:
-    """A fixed number of rows leaves at each exit: the best-scoring ones of the batch, by the plan's shares.
-
-    Answers depend on batch mates. Shapes are static, nothing waits for the host, and the budget is met exactly.
-
-    Attributes:
-        batch_size: rows a batch usually has.
-    """
-
-    batch_size: int = 32
-
-
-Mode = Latency | Throughput | Quota
-
-
-def quota_sizes(shares: Sequence[float], batch: int) -> list[int]:
-    """Rows left after each exit, ``round(batch * (1 - cumulative share))``, never rising; one entry per early exit."""
-    left = 1.0
-    sizes: list[int] = []
-    for share in shares[:-1]:
-        left -= share
-        sizes.append(max(0, min(round(batch * left), sizes[-1] if sizes else batch)))
-    return sizes
+from offramp.network import Example, MultiExit
 
 
 @dataclass
@@ -96,6 +44,7 @@ class Runner:
         dropped: exits that the plan has but that do not pay here, with the reason.
         table: measured times, if they were taken.
         costs: ``[K]`` FLOPs per item to leave at each exit as run.
+        thresholds: of each stage; the last is not used.
     """
 
     net: MultiExit
@@ -126,8 +75,10 @@ class Runner:
                 if isinstance(self.mode, Quota):
                     return self._answers(*self.loop.quota(key, rows, layout, count, quota_sizes(self.stage_shares(), count)))
                 return self._answers(*self.loop.latency(key, rows, layout, count))
-            args, kwargs = self._place(args, kwargs)
-            return self._quota(args, kwargs) if isinstance(self.mode, Quota) else self._latency(args, kwargs)
+            rows, _, count = begin(self.net, self.plan, *self._place(args, kwargs))
+            if isinstance(self.mode, Quota):
+                return self._answers(*host.quota(self.stages, rows, count, quota_sizes(self.stage_shares(), count)))
+            return self._answers(*host.latency(self.stages, self.thresholds, rows, count, self._compaction_pays))
 
     def stream(self, batches: Iterable[Any]) -> Iterator[Answers]:
         """Answers for each batch of an iterable, in order.
@@ -157,8 +108,7 @@ class Runner:
             order, carried, layout, key, count = known
             return key, (*[flat[i] for i in order], *carried), layout, count
         plain = all(t.ndim if isinstance(t, Tensor) else isinstance(t, bool | int | float | str | None) for t in flat)
-        placed_args, placed_kwargs = self._place(args, kwargs)
-        rows, layout, count = begin(self.net, self.plan, placed_args, placed_kwargs)
+        rows, layout, count = begin(self.net, self.plan, *self._place(args, kwargs))
         key = signature(rows, layout)
         order = [next((i for i, t in enumerate(flat) if t is r), -1) for r in rows[: len(layout.live)]]
         # Given as they are used: nothing was moved, cast or nested, and no tensor stands for two inputs.
@@ -204,17 +154,10 @@ class Runner:
 
     def __post_init__(self) -> None:
         self._exit_cost = self.costs.to(self.net.device)
+        self.thresholds = [self.plan.thresholds[s.exit] for s in self.stages]
 
-    def _place(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        device, dtype = self.net.device, self.net.dtype
-
-        def move(leaf: Any) -> Any:
-            if not isinstance(leaf, Tensor):
-                return leaf
-            return leaf.to(device, dtype) if leaf.is_floating_point() else leaf.to(device)
-
-        placed = tree_map(move, (tuple(args), dict(kwargs)))
-        return placed[0], placed[1]
+    def _place(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Example:
+        return Example(tuple(args), dict(kwargs)).to(self.net.device, self.net.dtype)
 
     def _answers(self, output: Tensor | None, exits: Tensor | None) -> Answers:
         """Answers from outputs and exits; from ``None`` those of a batch without rows."""
@@ -223,46 +166,6 @@ class Runner:
             output = torch.empty(0, self.net.num_outputs, device=device, dtype=self.stages[-1].dtype)
             exits = torch.empty(0, dtype=torch.int64, device=device)
         return Answers(output, exits, self._exit_cost)
-
-    def _threshold(self, stage: Stage) -> float:
-        return self.plan.thresholds[stage.exit]
-
-    def _latency(self, args: Any, kwargs: Any) -> Answers:
-        rows, _, count = begin(self.net, self.plan, args, kwargs)
-        device = self.net.device
-        exits = torch.full((count,), len(self.plan.exits) - 1, device=device)
-        index = torch.arange(count, device=device)  # where each row of the state came from
-        waiting: Tensor | None = None  # rows of the state that have not left; None = all
-        output: Tensor | None = None
-        for number, stage in enumerate(self.stages):
-            rows, logits, score = stage(*rows)
-            if output is None:
-                output = logits if stage.last else logits.new_empty(count, *logits.shape[1:])
-            if stage.last:
-                if waiting is None and index.numel() == count:
-                    return self._answers(logits, exits)
-                kept = torch.ones_like(index, dtype=torch.bool) if waiting is None else waiting
-                output[index[kept]] = logits[kept]
-                break
-            if score is None:
-                raise InvalidInput("Only the last stage may end without a score.")
-            leaving = score >= self._threshold(stage)
-            if waiting is not None:
-                leaving &= waiting
-            left = int(leaving.sum())
-            if not left:
-                continue
-            gone = index[leaving]
-            output[gone] = logits[leaving]
-            exits[gone] = stage.exit
-            waiting = ~leaving if waiting is None else waiting & ~leaving
-            staying = int(waiting.sum()) if index.numel() != left else 0
-            if not staying:
-                break
-            if self._compaction_pays(number, index.numel(), staying):
-                keep = waiting.nonzero().squeeze(1)
-                rows, index, waiting = take(rows, stage.after, keep), index[keep], None
-        return self._answers(output, exits)
 
     def _compaction_pays(self, number: int, rows: int, staying: int) -> bool:
         """Whether the next stage on ``staying`` rows and a gather beat the next stage on all ``rows``."""
@@ -276,28 +179,6 @@ class Runner:
         gather = interpolate(sizes, self.table.gather_ms.tolist(), rows)
         return interpolate(sizes, times, rows) - interpolate(sizes, times, staying) > gather
 
-    def _quota(self, args: Any, kwargs: Any) -> Answers:
-        rows, _, count = begin(self.net, self.plan, args, kwargs)
-        device = self.net.device
-        exits = torch.full((count,), len(self.plan.exits) - 1, device=device)
-        index = torch.arange(count, device=device)
-        output: Tensor | None = None
-        sizes = quota_sizes(self.stage_shares(), count)
-        for number, stage in enumerate(self.stages):
-            rows, logits, score = stage(*rows)
-            if output is None:
-                output = logits.new_empty(count, *logits.shape[1:])
-            output[index] = logits
-            if stage.last:
-                break
-            keep = ascending(score)[: sizes[number]] if score is not None else index
-            exits[index] = stage.exit
-            exits[index[keep]] = len(self.plan.exits) - 1
-            if not keep.numel():
-                break
-            rows, index = take(rows, stage.after, keep), index[keep]
-        return self._answers(output, exits)
-
     def _throughput(self, mode: Throughput, batches: Iterable[Any]) -> Iterator[Answers]:
         if self.loop is not None:
             if self._streams is None:
@@ -305,11 +186,11 @@ class Runner:
             yield from self._streams.run(self._entered(batches))
             return
         limit = mode.bucket * mode.backlog
-        stream = Queues(self.stages, [self._threshold(s) for s in self.stages], mode.bucket, self._answers)
+        stream = Queues(self.stages, self.thresholds, mode.bucket, self._answers)
         for batch in batches:
-            args, kwargs = self._place(*_inputs(batch))
+            given = self._place(*_inputs(batch))
             with torch.inference_mode():
-                stream.admit(*begin(self.net, self.plan, args, kwargs))
+                stream.admit(*begin(self.net, self.plan, *given))
                 while stream.run_full() or (stream.behind() > limit and stream.run_oldest()):
                     pass
             yield from stream.finished()
@@ -390,7 +271,7 @@ def compile(  # noqa: A001 - the verb, as in torch.compile
             table = runner.loop_table(size) if runner.loop is not None else measure_table(net, plan, sizes)
         if table is None or not any(decide):
             return runner
-        pays = worthwhile(plan, table, size, decide)
+        pays = worthwhile(plan, table, size, decide, chained=runner.stages[0].keep_previous)
         losing = [k for k, (yes, pay) in enumerate(zip(decide, pays, strict=True)) if yes and not pay]
         if losing and (drop if drop is not None else not guaranteed):
             runner = _build(net, plan, mode, [yes and k not in losing for k, yes in enumerate(decide)], use_graphs)
@@ -412,7 +293,7 @@ def _build(net: MultiExit, plan: Plan, mode: Mode, decide: Sequence[bool], graph
     if graphs:
         shares = runner.stage_shares()
         reach = [min(1.0, max(0.0, sum(shares[k:]))) for k in range(len(stages))]
-        runner.loop = GraphLoop(stages, [plan.thresholds[s.exit] for s in stages], reach, net.device, compiled=net.device.type == "cuda")
+        runner.loop = GraphLoop(stages, runner.thresholds, reach, net.device, compiled=net.device.type == "cuda")
     return runner
 
 

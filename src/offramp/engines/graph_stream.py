@@ -18,7 +18,7 @@ from offramp.engines.buffers import Bench
 from offramp.engines.capture import Graph
 from offramp.engines.graphs import MAX_SIGNATURES, GraphLoop
 from offramp.engines.queues import Answers, MakeAnswers
-from offramp.engines.stages import Layout, Rows, Stage, part
+from offramp.engines.stages import Layout, Rows, Stage, join, part
 
 
 def _stream_step(
@@ -98,27 +98,37 @@ class StreamLoop:
         self.waiting += count
         self.next_id += count
 
-    def push(self) -> None:
-        """Copy pending rows into the first queue, as many as fit there and in the ring of answers."""
-        admitted = self.next_id - self.waiting
-        room = min(2 * self.bucket - self.fill[0], self.bench.slots - (admitted - self.next_out))
-        layout = self.loop.stages[0].before
+    def _next(self, room: int) -> tuple[list[Rows], int]:
+        """Pending pieces of at most ``room`` rows, the last of them split if need be, and their rows."""
         picked: list[Rows] = []
         total = 0
         while self.pending and total < room:
             rows, count = self.pending.popleft()
             if count > room - total:
                 keep = room - total
+                layout = self.loop.stages[0].before
                 self.pending.appendleft((part(rows, layout, keep, count), count - keep))
                 rows, count = part(rows, layout, 0, keep), keep
             picked.append(rows)
             total += count
+        return picked, total
+
+    def collate(self) -> None:
+        """Join a bucket of pending pieces into one. Done while the device is busy: with single rows it costs the host the most."""
+        if self.pending and self.pending[0][1] < self.bucket <= self.waiting:
+            picked, total = self._next(self.bucket)
+            self.pending.appendleft((join(picked, self.loop.stages[0].before), total))
+
+    def push(self) -> None:
+        """Copy pending rows into the first queue, as many as fit there and in the ring of answers."""
+        admitted = self.next_id - self.waiting
+        picked, total = self._next(min(2 * self.bucket - self.fill[0], self.bench.slots - (admitted - self.next_out)))
         if not total:
             return
-        for buffer, values, dims in zip(self.bench.inputs[0], zip(*picked, strict=True), layout.dims, strict=True):
+        layout = self.loop.stages[0].before
+        for buffer, value, dims in zip(self.bench.inputs[0], join(picked, layout), layout.dims, strict=True):
             if dims:
-                room_for = buffer.narrow(dims[0], self.fill[0], total)
-                room_for.copy_(torch.cat(values, dim=dims[0]) if len(values) > 1 else values[0], non_blocking=True)
+                buffer.narrow(dims[0], self.fill[0], total).copy_(value, non_blocking=True)
         self.bench.index[0][self.fill[0] : self.fill[0] + total] = torch.arange(admitted, admitted + total, device=self.loop.device)
         self.fill[0] += total
         self.waiting -= total
@@ -169,6 +179,7 @@ class StreamLoop:
         """Launch one stage: the deepest with a full bucket; when the backlog is full or at the end, the fullest or the first."""
         if self.in_flight and not drain and self.waiting < self.bucket and not self.bench.mail.ready:
             return False  # the device is busy and the next bucket is not complete: go on taking inputs in
+        self.collate()
         self.settle()
         if self.fill[0] < self.bucket and self.waiting and (drain or self.fill[0] + self.waiting >= self.bucket):
             self.push()

@@ -212,39 +212,45 @@ def _whole(stage: Stage, rows: Rows) -> Tensor:
 def _quota_pipeline(stages: list[Stage], rows: Rows, sizes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """All stages of quota mode: after stage k the ``sizes[k]`` lowest scores go on. Returns answers and exits.
 
-    Leavers' answers are put in place once, at the end: what is not on the way to the next stage does not delay it.
+    Nothing is put in place on the way. Each stage keeps the ranks of its rows, which say where a row that went on is to be found,
+    and one pass from the last stage back to the first picks every answer: a compiler makes a single kernel of it.
     """
-    answers: list[Tensor] = []
-    places: list[Tensor] = []
-    marks: list[Tensor] = []
-    index: Tensor | None = None
+    passed: list[tuple[Tensor, Tensor, int, int]] = []  # ranks, logits, rows that went on, exit
     for k, stage in enumerate(stages):
         rows, logits, score = stage(*rows)
-        index = torch.arange(logits.shape[0], device=logits.device) if index is None else index
         staying = 0 if score is None else sizes[k]
         if score is None or staying == 0:
-            left = index
-        elif staying == index.shape[0]:
-            continue
-        else:
-            order = ascending(score)
-            gone, keep = order[staying:], order[:staying]
-            left, logits = index[gone], logits[gone]
-            rows, index = take(rows, stage.after, keep), index[keep]
-        answers.append(logits)
-        places.append(left)
-        marks.append(torch.full_like(left, stage.exit))
-        if staying == 0:
             break
-    place = torch.cat(places)
-    output = torch.cat(answers)
-    return torch.zeros_like(output).index_copy(0, place, output), torch.zeros_like(place).index_copy(0, place, torch.cat(marks))
+        if staying < score.shape[0]:
+            rank = ranks(score)
+            rows = take(rows, stage.after, in_order(rank, staying))
+            passed.append((rank, logits, staying, stage.exit))
+    output = logits
+    done = torch.full((output.shape[0],), stage.exit, dtype=torch.int64, device=output.device)
+    for rank, logits, staying, exit_index in reversed(passed):
+        behind = rank.clamp(max=staying - 1)
+        went_on = rank < staying
+        output = torch.where(went_on.unsqueeze(1), output[behind], logits)
+        done = torch.where(went_on, done[behind], exit_index)
+    return output, done
 
 
-def ascending(score: Tensor) -> Tensor:
-    """Indices that sort scores ``[b]``, ties by position. Counting beats a sort, which costs as much as a block at small b."""
-    if score.shape[0] > 1024:
-        return score.sort(stable=True).indices
+def ranks(score: Tensor) -> Tensor:
+    """Place of each score ``[b]`` in ascending order, ties by position; what is not a number comes first, as it stays longest.
+
+    Counting beats a sort, which costs as much as a block at small ``b``.
+    """
+    score = torch.where(score.isnan(), -torch.inf, score)
     place = torch.arange(score.shape[0], device=score.device)
+    if score.shape[0] > 1024:
+        return torch.empty_like(place).scatter(0, score.sort(stable=True).indices, place)
     before = (score[None, :] < score[:, None]) | ((score[None, :] == score[:, None]) & (place[None, :] < place[:, None]))
-    return torch.empty_like(place).scatter(0, before.sum(1), place)
+    return before.sum(1)
+
+
+def in_order(rank: Tensor, first: int) -> Tensor:
+    """Positions of the rows ranked 0 to ``first - 1``. Counting here too: writing by index is a kernel that nothing fuses with."""
+    place = torch.arange(rank.shape[0], device=rank.device)
+    if rank.shape[0] > 1024:
+        return torch.empty_like(place).scatter(0, rank, place)[:first]
+    return torch.where(rank[None, :] == place[:first, None], place[None, :], 0).sum(1)

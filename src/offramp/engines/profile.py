@@ -55,44 +55,60 @@ def interpolate(sizes: Sequence[int], times: Sequence[float], rows: float) -> fl
     return low_time * rows / low_size
 
 
-def worthwhile(plan: Plan, table: LatencyTable, batch_size: int, decide: Sequence[bool]) -> list[bool]:
-    """Which of the checked exits save more time than they cost at a batch size, given the shares the plan expects.
+def expected_ms(plan: Plan, table: LatencyTable, batch_size: int, keep: Sequence[bool], chained: bool) -> float:
+    """Time of a batch when only the kept exits are checked, given the shares the plan expects.
 
-    An exit is worth checking if the time saved behind it exceeds its head, its gather and the wait for the count:
-    ``R(n) - R(n - m) > head(n) + gather(n) + sync`` with ``n`` rows reaching it, ``m`` leaving and ``R`` the time of all
-    later segments. Exits are dropped one at a time, the one that loses most first; what it let go leaves at the next one.
+    Every segment is paid by the rows that reach it, a checked exit costs a gather and the wait for the count, and a head costs where it
+    runs: at a checked exit and, if ``chained``, at every exit before one. What an exit that is not kept let go leaves at the next one.
+
+    Args:
+        plan: gives the shares.
+        table: measured times of every segment and head.
+        batch_size: rows that come in.
+        keep: for each early exit whether it is checked.
+        chained: whether a checked exit needs the heads before it.
     """
-    early = len(plan.exits) - 1
     sizes = table.batch_sizes
     segment, head, gather = table.segment_ms.tolist(), table.head_ms.tolist(), table.gather_ms.tolist()
-    keep = list(decide)
-    if plan.rule.stateful:
-        return keep  # a later score needs the earlier heads anyway, so dropping one saves nothing
-
-    def gains() -> list[float]:
-        shares = [0.0] * (early + 1)
-        waiting = 0.0
-        for k in range(early + 1):
-            waiting += plan.shares[k]
-            if k == early or keep[k]:
-                shares[k], waiting = waiting, 0.0
-        gained = []
-        for k in range(early):
-            reach = batch_size * sum(shares[k:])
-            leave = batch_size * shares[k]
-            saved = sum(
-                interpolate(sizes, segment[j], reach) - interpolate(sizes, segment[j], reach - leave) for j in range(k + 1, early + 1)
-            )
-            wait = table.sync_ms if batch_size > 1 else min(1.0, reach) * table.sync_ms
-            paid = interpolate(sizes, head[k], reach) + interpolate(sizes, gather, reach) * (batch_size > 1) + wait
-            gained.append(saved - paid)
-        return gained
-
-    while any(keep):
-        losing = [(gain, k) for k, gain in enumerate(gains()) if keep[k] and gain <= 0]
-        if not losing:
+    total, reach, waiting = 0.0, float(batch_size), 0.0
+    for k, share in enumerate(plan.shares):
+        total += interpolate(sizes, segment[k], reach)
+        waiting += share
+        if k == len(keep):
             break
-        keep[min(losing)[1]] = False
+        if keep[k] or (chained and any(keep[k:])):
+            total += interpolate(sizes, head[k], reach)
+        if keep[k]:
+            single = batch_size == 1  # nothing to gather, and only a row that comes here waits
+            total += min(1.0, reach) * table.sync_ms if single else table.sync_ms + interpolate(sizes, gather, reach)
+            reach, waiting = max(0.0, reach - batch_size * waiting), 0.0
+    return total
+
+
+def worthwhile(plan: Plan, table: LatencyTable, batch_size: int, decide: Sequence[bool], *, chained: bool = False) -> list[bool]:
+    """Which of the checked exits to keep so that a batch takes the least time, by `expected_ms`.
+
+    Exits are dropped while that saves time or costs none, the best step first. A step is one exit, or one and all after it: where a
+    checked exit needs the heads before it, those are saved only together with it.
+
+    Args:
+        plan: gives the shares.
+        table: measured times of every segment and head.
+        batch_size: rows that come in.
+        decide: for each early exit whether it is checked now.
+        chained: whether heads read the answers of earlier ones (``needs_previous``); a stateful rule chains them too.
+    """
+    keep = list(decide)
+    chained = chained or plan.rule.stateful
+    best = expected_ms(plan, table, batch_size, keep, chained)
+    while any(keep):
+        kept = [k for k, yes in enumerate(keep) if yes]
+        steps = [[yes and j != k for j, yes in enumerate(keep)] for k in kept]
+        steps += [[yes and j < k for j, yes in enumerate(keep)] for k in kept[:-1]]
+        time_ms, fewer = min((expected_ms(plan, table, batch_size, step, chained), step) for step in steps)
+        if time_ms > best:
+            break
+        keep, best = fewer, time_ms
     return keep
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,12 +37,33 @@ MakeAnswers = Callable[[Tensor | None, Tensor | None], Answers]
 """Makes answers from outputs and exits; from ``None, None`` those of a batch without rows."""
 
 
+class Group(NamedTuple):
+    """Rows that wait together. Most survivors stay in the memory of their bucket until they run again: one copy, into their place.
+
+    Attributes:
+        rows: what they carry, others that have left among them.
+        ids: ``[n, 2]`` int64 on the host: number of the batch and place in it.
+        index: ``[n]`` int64 which of the rows they are; ``None`` = all.
+    """
+
+    rows: Rows
+    ids: Tensor
+    index: Tensor | None = None
+
+    def split(self, first: int, layout: Layout) -> tuple[Group, Group]:
+        """The first rows, and the rest; nothing is copied."""
+        count = len(self.ids)
+        if self.index is not None:
+            return Group(self.rows, self.ids[:first], self.index[:first]), Group(self.rows, self.ids[first:], self.index[first:])
+        return Group(part(self.rows, layout, 0, first), self.ids[:first]), Group(part(self.rows, layout, first, count), self.ids[first:])
+
+
 class Queues:
     """Queues of a throughput run on the host. Rows that differ in another size than the batch (text lengths) wait in separate queues."""
 
     def __init__(self, stages: Sequence[Stage], thresholds: Sequence[float], bucket: int, answer: MakeAnswers) -> None:
         self.stages, self.thresholds, self.bucket, self.answer = stages, thresholds, bucket, answer
-        self.queues: list[dict[Any, list[tuple[Rows, Tensor]]]] = [{} for _ in stages]
+        self.queues: list[dict[Any, list[Group]]] = [{} for _ in stages]
         self.results: dict[int, list[Any]] = {}  # number of batch -> [output, exits, rows still unfinished, rows]
         self.next_in = 0  # number of the next batch to admit
         self.next_out = 0  # number of the next batch to return
@@ -57,11 +78,11 @@ class Queues:
         self.results[number] = [None, torch.full((count,), -1, device=rows[0].device), count, count]
         self.open_rows += count
         if count:
-            self.queues[0].setdefault(signature(rows, layout), []).append((rows, ids))
+            self.queues[0].setdefault(signature(rows, layout), []).append(Group(rows, ids))
 
     def _fill(self, stage: int) -> tuple[int, Any]:
         """Rows of the fullest queue of a stage, and its key."""
-        filled = [(sum(len(ids) for _, ids in parts), key) for key, parts in self.queues[stage].items()]
+        filled = [(sum(len(g.ids) for g in groups), key) for key, groups in self.queues[stage].items()]
         return max(filled, key=operator.itemgetter(0), default=(0, None))
 
     def run_full(self) -> bool:
@@ -82,7 +103,7 @@ class Queues:
 
     def run_oldest(self) -> bool:
         """Run the stage where the oldest row waits, full or not."""
-        fronts = [(int(parts[0][1][0, 0]), -stage, key) for stage, queue in enumerate(self.queues) for key, parts in queue.items()]
+        fronts = [(int(groups[0].ids[0, 0]), -stage, key) for stage, queue in enumerate(self.queues) for key, groups in queue.items()]
         if not fronts:
             return False
         _, stage, key = min(fronts, key=operator.itemgetter(0, 1))
@@ -100,20 +121,21 @@ class Queues:
 
     def _run(self, number: int, key: Any) -> None:
         stage = self.stages[number]
-        parts = self.queues[number].pop(key)
-        picked, total = [], 0
-        while parts and total < self.bucket:
-            rows, ids = parts.pop(0)
+        waiting = self.queues[number].pop(key)
+        picked: list[Group] = []
+        total = 0
+        while waiting and total < self.bucket:
+            group = waiting.pop(0)
             room = self.bucket - total
-            if len(ids) > room:
-                parts.insert(0, (part(rows, stage.before, room, len(ids)), ids[room:]))
-                rows, ids = part(rows, stage.before, 0, room), ids[:room]
-            picked.append((rows, ids))
-            total += len(ids)
-        if parts:
-            self.queues[number][key] = parts
-        rows, ids = join([r for r, _ in picked], stage.before), torch.cat([i for _, i in picked])
-        rows, logits, score = stage(*rows)
+            if len(group.ids) > room:
+                group, rest = group.split(room, stage.before)
+                waiting.insert(0, rest)
+            picked.append(group)
+            total += len(group.ids)
+        if waiting:
+            self.queues[number][key] = waiting
+        ids = torch.cat([g.ids for g in picked])
+        rows, logits, score = stage(*join([g.rows for g in picked], stage.before, [g.index for g in picked]))
         if stage.last:
             self._finish(logits, ids, stage.exit)
             return
@@ -123,8 +145,10 @@ class Queues:
             self._finish(logits[leave.to(logits.device)], ids[leave], stage.exit)
         keep = staying.nonzero().squeeze(1)
         if keep.numel():
-            survivors = take(rows, stage.after, keep.to(logits.device)) if leave.numel() else rows
-            self.queues[number + 1].setdefault(key, []).append((survivors, ids[keep]))
+            index = keep.to(logits.device) if leave.numel() else None
+            if index is not None and 2 * len(index) < len(ids):  # few: copied now, so that they do not hold the memory of all
+                rows, index = take(rows, stage.after, index), None
+            self.queues[number + 1].setdefault(key, []).append(Group(rows, ids[keep], index))
 
     def _finish(self, logits: Tensor, ids: Tensor, exit_index: int) -> None:
         for number in ids[:, 0].unique().tolist():

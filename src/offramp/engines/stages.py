@@ -70,14 +70,50 @@ def part(rows: Rows, layout: Layout, start: int, stop: int) -> Rows:
     return tuple(picked)
 
 
-def join(parts: Sequence[Rows], layout: Layout) -> Rows:
-    """Several groups of rows as one, in order. Tensors without a batch dimension are taken from the first group."""
+def join(parts: Sequence[Rows], layout: Layout, index: Sequence[Tensor | None] | None = None) -> Rows:
+    """Several groups of rows as one, in order. Tensors without a batch dimension are taken from the first group.
+
+    Args:
+        parts: groups of rows.
+        layout: what they are.
+        index: for each group which of its rows (int64) to take, or ``None`` for all; they are copied once, into their place.
+
+    Raises:
+        InvalidInput: a tensor holds the batch in two dimensions, as pairs of rows do: rows of two batches have none.
+    """
+    index = index if index is not None else [None] * len(parts)
     if len(parts) == 1:
-        return parts[0]
-    return tuple(
-        torch.cat(tensors, dim=dims[0]) if len(dims) == 1 else tensors[0]
-        for tensors, dims in zip(zip(*parts, strict=True), layout.dims, strict=True)
-    )
+        return parts[0] if index[0] is None else take(parts[0], layout, index[0])
+    joined = []
+    for tensors, dims in zip(zip(*parts, strict=True), layout.dims, strict=True):
+        if len(dims) > 1:
+            raise InvalidInput("A tensor that holds the batch in two dimensions crosses the cut; run this model in Latency mode.")
+        if not dims:
+            joined.append(tensors[0])
+        elif all(i is None for i in index):
+            joined.append(torch.cat(tensors, dim=dims[0]))
+        else:
+            joined.append(_placed(tensors, dims[0], index))
+    return tuple(joined)
+
+
+def _placed(tensors: Sequence[Tensor], dim: int, index: Sequence[Tensor | None]) -> Tensor:
+    """Chosen rows of several tensors, one behind the other."""
+    counts = [t.shape[dim] if i is None else i.numel() for t, i in zip(tensors, index, strict=True)]
+    shape = list(tensors[0].shape)
+    shape[dim] = sum(counts)
+    out = tensors[0].new_empty(shape)
+    start = 0
+    for tensor, chosen, count in zip(tensors, index, counts, strict=True):
+        place = out.narrow(dim, start, count)
+        if chosen is None:
+            place.copy_(tensor)
+        elif dim == 0:
+            torch.index_select(tensor, dim, chosen, out=place)
+        else:
+            place.copy_(tensor.index_select(dim, chosen))
+        start += count
+    return out
 
 
 def signature(rows: Rows, layout: Layout) -> Any:

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from offramp.core.errors import InvalidInput
 from offramp.core.types import Readout, RuleState
-from offramp.policies.base import RuleBase, constant, read_hidden
+from offramp.policies.base import ReadsState, Remembers, constant, read_hidden
 from offramp.policies.scores import NEVER, as_values
 
 
 @dataclass(frozen=True)
-class Patience(RuleBase):
+class Patience(Remembers):
     """How many exits in a row, this one included, gave the answer of the exit before them; 0 after a change and at the first exit.
 
     PABEE (Zhou et al. 2020, "BERT Loses Patience", section 3.2): a threshold of P is the paper's patience P.
@@ -30,10 +30,6 @@ class Patience(RuleBase):
     def __post_init__(self) -> None:
         if self.regression_tolerance is not None and not self.regression_tolerance > 0:
             raise InvalidInput(f"regression_tolerance must be positive or None, got {self.regression_tolerance}.")
-
-    @property
-    def stateful(self) -> bool:
-        return True
 
     def begin(self, rows: int, device: torch.device) -> RuleState:
         return {"count": torch.zeros(rows, device=device)}
@@ -59,7 +55,7 @@ class Patience(RuleBase):
 
 
 @dataclass(frozen=True)
-class OutputStability(RuleBase):
+class OutputStability(Remembers):
     """Minus how far the output moved since the exit before: for regression, actions and images. `NEVER` at the first exit.
 
     DeeR-VLA (Yue et al. 2024, section 3.2), which leaves when the action moves by at most a threshold. The answer is read as one
@@ -71,10 +67,6 @@ class OutputStability(RuleBase):
 
     euclidean: bool = False
 
-    @property
-    def stateful(self) -> bool:
-        return True
-
     def score(self, exit_index: int, readout: Readout, state: RuleState) -> tuple[Tensor, RuleState]:
         value = as_values(readout.logits).contiguous()
         if "value" not in state:
@@ -85,7 +77,7 @@ class OutputStability(RuleBase):
 
 
 @dataclass(frozen=True)
-class StateSimilarity(RuleBase):
+class StateSimilarity(Remembers, ReadsState):
     """Cosine of the states at this exit and the one before, in [-1, 1]. `NEVER` at the first exit.
 
     A saturated state changes little in deeper layers: CALM (Schuster et al. 2022, section 3.5), MuE (Tang et al. 2023). Needs no
@@ -97,14 +89,6 @@ class StateSimilarity(RuleBase):
     """
 
     token: int | None = 0
-
-    @property
-    def stateful(self) -> bool:
-        return True
-
-    @property
-    def needs_hidden(self) -> bool:
-        return True
 
     @property
     def bounds(self) -> tuple[float, float]:

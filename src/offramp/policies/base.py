@@ -38,6 +38,22 @@ class RuleBase(ABC):
     def score(self, exit_index: int, readout: Readout, state: RuleState) -> tuple[Tensor, RuleState]: ...
 
 
+class Remembers(RuleBase):
+    """A rule whose score at an exit depends on earlier exits."""
+
+    @property
+    def stateful(self) -> bool:
+        return True
+
+
+class ReadsState(RuleBase):
+    """A rule whose score depends on the state at an exit, not on the answer alone."""
+
+    @property
+    def needs_hidden(self) -> bool:
+        return True
+
+
 def read_hidden(readout: Readout, token: int | None, rule: object, width: int | None = None) -> Tensor:
     """The state at this exit as one vector per row, ``[B, width]``.
 

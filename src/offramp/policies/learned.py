@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from offramp.core.errors import InvalidInput
 from offramp.core.pooling import pooled_width
 from offramp.core.types import Readout, RuleState
-from offramp.policies.base import RuleBase, at_exit, read_hidden
+from offramp.policies.base import ReadsState, Remembers, RuleBase, at_exit, read_hidden
 from offramp.policies.scores import uncertainty_features
 
 
@@ -67,7 +67,7 @@ class LearnedGate(RuleBase, nn.Module):
         return given, {"left": state["left"] + leaves}
 
 
-class _Probe(RuleBase, nn.Module):
+class _Probe(ReadsState, nn.Module):
     """One number per row from the pooled state at an exit: layer norm (a state's scale is free), linear or a small MLP.
 
     Args:
@@ -88,10 +88,6 @@ class _Probe(RuleBase, nn.Module):
     def for_shapes(cls, shapes: Sequence[tuple[int, ...]], *, inner: int = 0, shared: bool = False) -> Self:
         """Made for states of these shapes (without the batch, ``-1`` = varies, as in ``Exit.hidden_shape``)."""
         return cls(_widths(shapes), inner, shared, _token(shapes))
-
-    @property
-    def needs_hidden(self) -> bool:
-        return True
 
     def _read(self, exit_index: int, readout: Readout) -> Tensor:
         vector = read_hidden(readout, self.token, self, at_exit(self.widths, exit_index, self))
@@ -134,7 +130,7 @@ class PredictedUncertainty(_Probe):
 
 
 @final
-class HaltingCDF(RuleBase, nn.Module):
+class HaltingCDF(Remembers, ReadsState, nn.Module):
     """Probability that a learned halting process has stopped by this exit: ``1 - prod_{j<=k} (1 - lambda_j)``, in [0, 1].
 
     PALBERT (Balagansky and Gavrilov 2022, "Teaching ALBERT to Ponder", section 3): a threshold of q is the paper's Q-exit, q = 0.5.
@@ -174,14 +170,6 @@ class HaltingCDF(RuleBase, nn.Module):
         return cls(_widths(shapes), layers, inner, shared, _token(shapes))
 
     @property
-    def stateful(self) -> bool:
-        return True
-
-    @property
-    def needs_hidden(self) -> bool:
-        return True
-
-    @property
     def bounds(self) -> tuple[float, float]:
         return (0.0, 1.0)
 
@@ -204,7 +192,7 @@ class HaltingCDF(RuleBase, nn.Module):
 
 
 @final
-class Selector(RuleBase, nn.Module):
+class Selector(Remembers, nn.Module):
     """Depth chosen up front: at the first exit a network gives a distribution over depths; the score at exit k is P(depth <= k).
 
     A threshold of 0.5 leaves at the median depth. Known before the rest runs, so batches can be formed by cost. Train on `depth_logits`
@@ -234,10 +222,6 @@ class Selector(RuleBase, nn.Module):
     def for_shapes(cls, shapes: Sequence[tuple[int, ...]], *, inner: int = 0) -> Selector:
         """Reads the state at the first of these exits (shapes without the batch, as in ``Exit.hidden_shape``)."""
         return cls(len(shapes), _widths(shapes)[0], False, inner, _token(shapes[:1]))
-
-    @property
-    def stateful(self) -> bool:
-        return True
 
     @property
     def needs_hidden(self) -> bool:

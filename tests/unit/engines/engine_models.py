@@ -1,70 +1,26 @@
-"""Small networks, every rule, and thresholds that rounding cannot move; shared by the tests of the engines."""
+"""A small network, every rule on it, and thresholds that rounding cannot move; shared by the tests of the engines."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from every_rule import every_rule
 from offramp.budget import leave_at
 from offramp.core.certificate import Plan
 from offramp.core.protocols import Rule
 from offramp.core.trace import Trace
+from offramp.engines.classify import Answers, Mode, Runner, compile
 from offramp.engines.record import record
 from offramp.network import MultiExit, attach
-from offramp.policies import (
-    Confidence,
-    Energy,
-    Entropy,
-    FixedExit,
-    HaltingCDF,
-    LearnedGate,
-    Margin,
-    OutputStability,
-    Patience,
-    PredictedUncertainty,
-    Schedule,
-    Selector,
-    StateGate,
-    StateSimilarity,
-    Tempered,
-    after,
-    all_of,
-    any_of,
-    at,
-)
 
 EXITS, CLASSES, WIDTH = 4, 5, 8
 
-RULES: dict[str, Callable[[], Rule]] = {
-    "Confidence": Confidence,
-    "Margin": Margin,
-    "Entropy": lambda: Entropy(CLASSES),
-    "Energy": lambda: Energy(2.0),
-    "Patience": Patience,
-    "PatienceRegression": lambda: Patience(regression_tolerance=3.0),
-    "OutputStability": OutputStability,
-    "OutputStabilityL2": lambda: OutputStability(euclidean=True),
-    "StateSimilarity": lambda: StateSimilarity(token=None),
-    "Schedule": lambda: Schedule((0.1, 0.3, 0.2, 0.9)),
-    "FixedExit": lambda: FixedExit(2),
-    "LearnedGate": lambda: LearnedGate(EXITS),
-    "LearnedGateConditional": lambda: LearnedGate(EXITS, conditional=True),
-    "StateGate": lambda: StateGate([WIDTH] * EXITS),
-    "PredictedUncertainty": lambda: PredictedUncertainty([WIDTH] * EXITS),
-    "HaltingCDF": lambda: HaltingCDF([WIDTH] * EXITS, layers=1),
-    "Selector": lambda: Selector(EXITS, WIDTH),
-    "SelectorLogits": lambda: Selector(EXITS, CLASSES, reads_logits=True, inner=3),
-    "AnyOf": lambda: any_of(at(Confidence(), 0.5), at(Patience(), 2.0, scale=0.25)),
-    "AllOf": lambda: all_of(at(Margin(), (0.2, 0.3, 0.1, 0.0)), at(HaltingCDF([WIDTH] * EXITS, layers=1), 0.5)),
-    "After": lambda: after(2, Confidence()),
-    "Tempered": lambda: Tempered(Confidence(), (2.0, 1.5, 1.0, 0.5)),
-    "Nested": lambda: any_of(after(1, all_of(Patience(), StateSimilarity(None))), at(any_of(OutputStability(), Confidence()), 0.3)),
-}
-"""At least one rule of every kind; a test says so."""
+RULES = every_rule(CLASSES, WIDTH, token=None, tolerance=3.0, layers=1)
 
 
 class Block(nn.Module):
@@ -150,6 +106,16 @@ def plan_of(found: Trace, rule: Rule, shares: float | tuple[float, ...] = 0.3, o
     counts = torch.bincount(exits, minlength=early + 1).double() / len(exits)
     cost = float((counts @ found.cost) / found.base_cost)
     return Plan(rule, found.exits, tuple(thresholds), tuple(counts.tolist()), cost, fingerprint=found.fingerprint)
+
+
+def run_of(plan: Plan, mode: Mode | None = None, *, graphs: bool = False) -> Runner:
+    """The engine on `network`, without measuring."""
+    return compile(network(), plan, mode, measure=False, graphs=graphs)
+
+
+def same(got: Answers, expected: Answers) -> None:
+    assert torch.equal(got.exit, expected.exit)
+    torch.testing.assert_close(got.output, expected.output, rtol=1e-5, atol=1e-5)
 
 
 def random_batches(
