@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import offramp
 from offramp.budget import Risk, evaluate
+from offramp.cli.nets import TransformerBlock
 from offramp.core.bundle import write_json
 from offramp.core.errors import BudgetInfeasible
 from offramp.engines.classify import Runner
@@ -38,24 +39,6 @@ MAX_DROP = 0.02  # fixed beforehand: trying several on the same images and keepi
 CALIBRATION, TEST = 448, 448
 
 
-class Block(nn.Module):
-    """Pre-norm transformer block on ``[B, T, D]``."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        b, t, d = x.shape
-        q, k, v = self.qkv(self.norm1(x)).reshape(b, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
-        mixed = nn.functional.scaled_dot_product_attention(q, k, v)
-        x = x + self.out(mixed.transpose(1, 2).reshape(b, t, d))
-        return x + self.mlp(self.norm2(x))
-
-
 class DigitTransformer(nn.Module):
     """8 x 8 grey images in patches of 2 x 2: 16 tokens. Nothing in it knows about exits."""
 
@@ -63,7 +46,7 @@ class DigitTransformer(nn.Module):
         super().__init__()
         self.patch = nn.Conv2d(1, width, 2, stride=2)
         self.position = nn.Parameter(torch.randn(1, 16, width) / 2)
-        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.blocks = nn.ModuleList(TransformerBlock(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, classes)
 

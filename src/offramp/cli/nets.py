@@ -56,7 +56,7 @@ class ConvNet(nn.Module):
         return logits
 
 
-class _Block(nn.Module):
+class TransformerBlock(nn.Module):
     """Pre-norm transformer block; ``mask`` ``[B, T]`` is 1 where there is a token."""
 
     def __init__(self, width: int, heads: int) -> None:
@@ -97,7 +97,7 @@ class TextTransformer(nn.Module):
         self.embed = nn.Embedding(vocabulary, width)
         self.position = nn.Embedding(length, width)
         self.dropout = nn.Dropout(dropout)
-        self.blocks = nn.ModuleList(_Block(width, heads) for _ in range(depth))
+        self.blocks = nn.ModuleList(TransformerBlock(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, classes)
 
@@ -132,7 +132,7 @@ class VisionTransformer(nn.Module):
         self.embed = nn.Conv2d(channels, width, patch, patch)
         self.token = nn.Parameter(torch.zeros(1, 1, width))
         self.position = nn.Parameter(0.02 * torch.randn(1, (size // patch) ** 2 + 1, width))
-        self.blocks = nn.ModuleList(_Block(width, heads) for _ in range(depth))
+        self.blocks = nn.ModuleList(TransformerBlock(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, classes)
 

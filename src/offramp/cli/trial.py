@@ -3,23 +3,14 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 
-from offramp.cli.base import (
-    WORK,
-    app,
-    inside,
-    open_run,
-    percent,
-    table,
-    trace_of,
-    without_labels,
-)
+from offramp.cli.base import WORK, app, inside, open_run, percent, table, trace_of, without_labels
 from offramp.cli.data import Records
 from offramp.cli.options import DataFlags, ModelFlags, RunFlags, command, console, whole_numbers
 from offramp.core.bundle import read_json, write_json
@@ -31,16 +22,30 @@ from offramp.measure.clock import compare, environment
 from offramp.measure.pareto import Curve, anytime_curve, interpolate, random_exit, upper_hull
 from offramp.measure.quality import outcome
 from offramp.measure.statistics import accuracy_drop
-from offramp.network import MultiExit, load_plan, never
+from offramp.network import Example, MultiExit, load_plan, never
 
-MODES = ("latency", "throughput", "quota")
+MODES: dict[str, Callable[[int], classify.Mode]] = {
+    "latency": classify.Latency,
+    "throughput": classify.Throughput,
+    "quota": classify.Quota,
+}
 
 
-def _mode(name: str, batch_size: int) -> Any:
+def _mode(name: str, batch_size: int) -> classify.Mode:
     if name not in MODES:
         raise InvalidInput(f"--mode is {', '.join(MODES)}; got {name!r}.")
-    made = {"latency": classify.Latency, "throughput": classify.Throughput, "quota": classify.Quota}
-    return made[name](batch_size)
+    return MODES[name](batch_size)
+
+
+def _open(model: ModelFlags, items: DataFlags, run: RunFlags, labels_needed: bool = True) -> tuple[MultiExit, Records, Plan]:
+    """What a trial needs: the network, items prepared for it, and the plan that `calibrate` saved."""
+    net, records = open_run(model, items, run, labels_needed)
+    return net, records, load_plan(inside(run.out, "plan", "calibrate"))
+
+
+def _shares(taken: torch.Tensor, exits: int) -> torch.Tensor:
+    """``[K]`` share of the items that left at each exit (float64)."""
+    return torch.bincount(taken, minlength=exits).double() / taken.numel()
 
 
 @command(app, "evaluate", WORK)
@@ -59,22 +64,19 @@ def evaluate(
 
     Example: `offramp evaluate --config runs/photos/config.toml --part 0.8:1`
     """
-    net, records = open_run(model, items, run)
-    plan = load_plan(inside(run.out, "plan", "calibrate"))
+    net, records, plan = _open(model, items, run)
     trace = trace_of(net, records, items, [plan.rule])
     trace.save(run.out / "test")
     runner = classify.compile(net, plan, _mode(mode, items.batch_size), drop=False if keep_all_exits else None)
-    found_exit, found_answer, found_cost = [], [], []
-    for answers in runner.stream(without_labels(records.loader(items.batch_size, workers=items.workers))):
-        found_exit.append(answers.exit.cpu())
-        found_answer.append(answers.output.argmax(-1).cpu())
-        found_cost.append(answers.cost.cpu())
-    taken, answered, spent = torch.cat(found_exit), torch.cat(found_answer), torch.cat(found_cost) / trace.base_cost
+    batches = without_labels(records.loader(items.batch_size, workers=items.workers))
+    found = [(a.exit.cpu(), a.output.argmax(-1).cpu(), a.cost.cpu()) for a in runner.stream(batches)]
+    taken, answered, spent = (torch.cat(parts) for parts in zip(*found, strict=True))
+    spent = spent / trace.base_cost
     if trace.labels is None:
         raise InvalidInput("Evaluation needs labels.")
     right, full_right = answered == trace.labels, trace.predictions[:, -1] == trace.labels
     accuracy, cost, full = float(right.double().mean()), float(spent.mean()), float(full_right.double().mean())
-    shares = torch.bincount(taken, minlength=len(trace.exits)).double() / trace.items
+    shares = _shares(taken, len(trace.exits))
     drop = accuracy_drop(full_right, right)
     fixed = Curve("fixed", upper_hull(anytime_curve(trace).points))
     at_fixed = interpolate(fixed, cost) if cost >= fixed.points[0].cost else None
@@ -138,9 +140,8 @@ def bench(
 
     Example: `offramp bench --config runs/photos/config.toml --part 0.8:1 --batch-sizes 1,32 --mode latency --mode throughput`
     """
-    net, records = open_run(model, items, run, labels_needed=False)
+    net, records, plan = _open(model, items, run, labels_needed=False)
     net.eval()
-    plan = load_plan(inside(run.out, "plan", "calibrate"))
     results, rows = [], []
     with console.status("timing") as status:
         for batch_size in whole_numbers(batch_sizes, "--batch-sizes"):
@@ -165,26 +166,13 @@ def bench(
     table("Milliseconds per batch", ("mode", "batch", "full model", "plan", "plan p95", "times as fast", "exit efficiency"), rows)
 
 
-def _batches(net: MultiExit, records: Records, size: int, count: int) -> list[Any]:
+def _batches(net: MultiExit, records: Records, size: int, count: int) -> list[Example]:
     """Full batches on the network's device; items repeat if there are too few."""
     wanted = torch.arange(size * count) % len(records)
-    found = []
-    for args, kwargs in without_labels(records.subset(wanted).loader(size)):
-        placed = [
-            {k: _place(v, net) for k, v in part.items()} if isinstance(part, Mapping) else tuple(_place(v, net) for v in part)
-            for part in (args, kwargs)
-        ]
-        found.append(tuple(placed))
-    return found
+    return [Example(*inputs).to(net.device, net.dtype) for inputs in without_labels(records.subset(wanted).loader(size))]
 
 
-def _place(value: Any, net: MultiExit) -> Any:
-    if not isinstance(value, torch.Tensor):
-        return value
-    return value.to(net.device, net.dtype) if value.is_floating_point() else value.to(net.device)
-
-
-def _time(net: MultiExit, plan: Plan, mode: str, size: int, ready: list[Any], warmup: int, repeats: int) -> dict[str, Any]:
+def _time(net: MultiExit, plan: Plan, mode: str, size: int, ready: list[Example], warmup: int, repeats: int) -> dict[str, Any]:
     runner = classify.compile(net, plan, _mode(mode, size))
     whole = classify.compile(net, never(net, plan.rule), _mode("latency", size), measure=False)
     count = len(ready)
@@ -217,7 +205,7 @@ def _time(net: MultiExit, plan: Plan, mode: str, size: int, ready: list[Any], wa
         "p95_ms": ordered[min(len(ordered) - 1, round(0.95 * (len(ordered) - 1)))],
         "full_ms": min(statistics.median(samples["full model"]), statistics.median(samples["full model in the engine"])),
         "exit_efficiency": _efficiency(runner, exits_taken, size, median),
-        "shares": (torch.bincount(exits_taken, minlength=len(plan.exits)).double() / exits_taken.numel()).tolist(),
+        "shares": _shares(exits_taken, len(plan.exits)).tolist(),
         "dropped": runner.dropped,
         "samples_ms": samples,
     }

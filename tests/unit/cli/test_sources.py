@@ -21,20 +21,6 @@ from offramp.policies import PARTS
 Call = Callable[..., object]
 
 
-@pytest.fixture(scope="module")
-def schemas() -> None:
-    """A torchvision without compiled operators needs these two declared before timm or transformers import it."""
-    if "torchvision" in {name.split("::")[0] for name in torch._C._dispatch_get_all_op_names()}:
-        return
-    library = torch.library.Library("torchvision", "DEF")
-    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    schemas_kept.append(library)
-
-
-schemas_kept: list[torch.library.Library] = []
-
-
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
     """Forty pictures of two classes, dark and bright."""
@@ -61,7 +47,7 @@ def reviews(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_images_with_timm(photos: Path, tmp_path: Path, offramp: Call, schemas: None) -> None:
+def test_images_with_timm(photos: Path, tmp_path: Path, offramp: Call) -> None:
     pytest.importorskip("timm")
     out = tmp_path / "run"
     result = offramp(
@@ -85,7 +71,7 @@ def test_images_with_timm(photos: Path, tmp_path: Path, offramp: Call, schemas: 
     assert result.exit_code == 2 and "dark/3.png is not a readable image" in result.output
 
 
-def test_texts_with_a_bert(reviews: Path, tmp_path: Path, offramp: Call, schemas: None) -> None:
+def test_texts_with_a_bert(reviews: Path, tmp_path: Path, offramp: Call) -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.BertConfig(
         vocab_size=8, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=16, num_labels=2
@@ -113,20 +99,20 @@ def test_texts_need_a_tokenizer(reviews: Path, tmp_path: Path, toy: Path, offram
     assert result.exit_code == 2 and "--tokenizer" in result.output
 
 
-def test_timm_names_the_nearest(schemas: None) -> None:
+def test_timm_names_the_nearest() -> None:
     pytest.importorskip("timm")
     with pytest.raises(InvalidInput, match=r"Nearest: .*resnet18"):
         models.load_model("timm:resnet81")
 
 
-def test_timm_preparation(schemas: None) -> None:
+def test_timm_preparation() -> None:
     pytest.importorskip("timm")
     loaded = models.load_model("timm:resnet10t", num_classes=3)
     assert loaded.images is not None and loaded.images.size == (176, 176) and loaded.images.mean == (0.485, 0.456, 0.406)
     assert loaded.model(torch.zeros(1, 3, 64, 64)).shape == (1, 3) and not loaded.model.training
 
 
-def test_hf_folder_without_a_model(tmp_path: Path, schemas: None) -> None:
+def test_hf_folder_without_a_model(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     with pytest.raises(InvalidInput, match="transformers cannot load"):
         models.load_model(f"hf:{tmp_path}")
