@@ -524,8 +524,8 @@ def _at(reference: Curve, cost: float) -> float | None:
 
 
 def measured(predicate: Predicate, rows: Sequence[Mapping[str, Any]]) -> float | None:
-    """The number that a predicate compares, from the budgets of one seed; ``None`` if no budget gives it."""
-    chosen = [r for r in rows if not r.get("infeasible") and (predicate.budget is None or math.isclose(r["budget"], predicate.budget))]
+    """The number that a predicate compares, from the budgets of one seed that count; ``None`` if none of them gives it."""
+    chosen = [r for r in rows if not r.get("infeasible") and predicate.counts(r["budget"])]
     values = [float(r[predicate.metric]) for r in chosen if r.get(predicate.metric) is not None]
     if not values:
         return None

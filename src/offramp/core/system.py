@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from offramp.core.errors import InvalidInput
 from offramp.core.protocols import HeadSpec, Rule
 
 
 @dataclass(frozen=True)
 class Predicate:
     """A claim as a test on measured numbers, for `offramp reproduce`.
+
+    Only budgets below the full model's cost count: at the full cost every method may run every block on every input, which says nothing
+    about leaving early. Where the paper names the cost at which it makes its claim, so does the predicate.
 
     Attributes:
         metric: what is compared, by its name in a result: ``accuracy``, ``drop`` (accuracy of the full model minus ours),
@@ -20,7 +25,10 @@ class Predicate:
         relation: how.
         value: with what.
         over: how several budgets become one number: their mean, the least favourable or the most favourable.
-        budget: the one budget that counts, as a share of the full model's FLOPs; ``None`` = all that were measured.
+        budget: the one budget that counts, as a share of the full model's FLOPs, in (0, 1); ``None`` = all below 1 that were measured.
+
+    Raises:
+        InvalidInput: ``budget`` is not inside (0, 1).
     """
 
     metric: str
@@ -29,12 +37,20 @@ class Predicate:
     over: Literal["mean", "worst", "best"] = "mean"
     budget: float | None = None
 
+    def __post_init__(self) -> None:
+        if self.budget is not None and not 0 < self.budget < 1:
+            raise InvalidInput(f"The budget of a predicate must lie inside (0, 1), a share of the full model's cost, got {self.budget}.")
+
+    def counts(self, budget: float) -> bool:
+        """Whether what was measured at a budget (a share of the full model's FLOPs) is part of the test."""
+        return budget < 1 if self.budget is None else math.isclose(budget, self.budget)
+
     def holds(self, measured: float) -> bool:
         """Whether a measured number satisfies it."""
         return measured <= self.value if self.relation == "<=" else measured >= self.value
 
     def __str__(self) -> str:
-        where = f"at cost {self.budget:g}" if self.budget is not None else f"{self.over} over budgets"
+        where = f"at cost {self.budget:g}" if self.budget is not None else f"{self.over} over budgets below 1"
         return f"{self.metric} {self.relation} {self.value:g}, {where}"
 
 

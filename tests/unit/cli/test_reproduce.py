@@ -74,6 +74,8 @@ class TestNumbers:
         {"budget": 0.5, "drop": 0.02},
         {"budget": 0.7, "drop": -0.01},
         {"budget": 0.9, "drop": 0.0},
+        {"budget": 1.0, "drop": -0.5},  # the full cost says nothing about leaving early: it never counts
+        {"budget": 1.2, "drop": 0.5},
     )
 
     @pytest.mark.parametrize(
@@ -86,11 +88,21 @@ class TestNumbers:
             (Predicate("drop", ">=", 0.0, over="best"), 0.02),
             (Predicate("drop", "<=", 0.0, budget=0.7), -0.01),
             (Predicate("drop", "<=", 0.0, budget=0.3), None),
+            (Predicate("drop", "<=", 0.0, budget=0.8), None),
             (Predicate("accuracy", ">=", 0.0), None),
         ],
     )
     def test_measured(self, predicate: Predicate, value: float | None) -> None:
         assert reproducing.measured(predicate, self.ROWS) == (value if value is None else pytest.approx(value))
+
+    @pytest.mark.parametrize("budget", [0.0, 1.0, 1.5, -0.5, float("nan")])
+    def test_a_predicate_names_a_cost_below_the_full_one(self, budget: float) -> None:
+        with pytest.raises(InvalidInput, match=r"inside \(0, 1\)"):
+            Predicate("drop", "<=", 0.0, budget=budget)
+
+    def test_a_predicate_in_words(self) -> None:
+        assert str(Predicate("drop", "<=", 0.0, budget=0.64)) == "drop <= 0, at cost 0.64"
+        assert str(Predicate("excess", "<=", 0.02, over="worst")) == "excess <= 0.02, worst over budgets below 1"
 
     def test_interval_and_verdict(self) -> None:
         estimate = reproducing.across_seeds([0.01, 0.02, 0.03])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -64,6 +66,25 @@ def test_show_has_the_card_the_parts_and_the_notes() -> None:
         "Deviations from the released code",
     ):
         assert piece in text
+
+
+def test_no_claim_is_met_by_running_the_full_model() -> None:
+    """What a predicate counts lies below the full cost, for every system."""
+    for name in systems.list_systems():
+        predicate = systems.load_card(name).predicate
+        assert predicate is not None and not predicate.counts(1.0) and not predicate.counts(1.1)
+        assert any(predicate.counts(budget) for budget in (0.5, 0.64, 0.67))
+
+
+def test_cards_say_what_they_were_checked_against() -> None:
+    for name in systems.list_systems():
+        assert "Checked against" in systems.show(name)
+
+
+def test_a_reference_has_its_parity_recorded() -> None:
+    recorded = json.loads((Path(__file__).resolve().parents[3] / "benchmarks" / "results" / "parity.json").read_text())
+    for name in systems.list_systems():
+        assert systems.load_card(name).status != "reference" or name in recorded
 
 
 def test_cite_once_each() -> None:
