@@ -9,7 +9,8 @@ population (the fair one): the recorded items *are* the population, so the drop 
     from it with replacement, as the promise assumes. Violation: the drop over all recorded items exceeds 0.01.
 split (the usual one): half of the items calibrate, the other half tests. Violation: the drop on the test half exceeds 0.01. That mixes the
     promise with the noise of the test half, and a half that flatters a plan leaves the other half to blame it, so more than 0.1 may be seen
-    although the promise is kept.
+    although the promise is kept. The same plans are therefore also held against all items, half of which calibrated them without
+    replacement: that is what is promised of them, too.
 
 Naive picking (`PointEstimate`) takes the cheapest of the same settings whose measured drop is within the limit. Runs on one core without a
 model; writes ``guarantee_traces.json``, ``guarantee_traces.md`` and ``guarantee_traces.svg``.
@@ -20,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import statistics
 import sys
 import time
 import warnings
@@ -44,6 +46,18 @@ from offramp.measure.quality import exit_accuracy, first_exit
 HERE = Path(__file__).resolve().parent
 METHODS = {"LTT": LTT(), "naive": PointEstimate()}
 SCHEMES = ("population", "split")
+
+
+def seen_on_halves(delta: float) -> float:
+    """How often a promise that just holds with probability ``1 - delta`` is seen broken when each of two halves has its turn.
+
+    For one setting, normal noise and a bound with nothing to spare. With N items, true drop D and noise s of the mean of N/2 draws, the
+    calibration half shows ``D + e``, the other half ``D - e``, and e has standard deviation ``s / sqrt(2)``, since halves exhaust the
+    items. Certified is ``D + e <= limit - z s``, broken is ``D - e > limit``; both together are likeliest, ``Phi(-z / sqrt(2))``, at
+    ``D = limit - z s / 2``, that is for a setting whose true drop is within the limit.
+    """
+    normal = statistics.NormalDist()
+    return normal.cdf(normal.inv_cdf(delta) / math.sqrt(2))
 
 
 def binomial_tail(n: int, p: float, k: int) -> float:
@@ -81,7 +95,7 @@ class Replay:
 
 def experiment(trace: Trace, rule: Rule, risk: Risk, draws: int) -> dict[str, Any]:
     """All draws of both schemes with both methods on one trace."""
-    replay = Replay(trace, rule)
+    replay, everything = Replay(trace, rule), torch.arange(trace.items)
     raw: dict[tuple[str, str], list[dict[str, float]]] = {(s, m): [] for s in SCHEMES for m in METHODS}
     for seed in range(draws):
         for scheme, calibration, test in drawn(trace.items, seed):
@@ -90,16 +104,18 @@ def experiment(trace: Trace, rule: Rule, risk: Risk, draws: int) -> dict[str, An
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore", NoEffectWarning)
                     plan = calibrate(part, rule, risk, method=method)
-                raw[scheme, name].append(replay(plan, test) | {"never_leaves": float(plan.shares[-1] == 1)})
+                found = replay(plan, test) | {"never_leaves": float(plan.shares[-1] == 1)}
+                raw[scheme, name].append(found | {"all_items": replay(plan, everything)["drop"]})
     most = allowed(draws, risk.delta)
     rows = []
     for (scheme, name), found in raw.items():
         drops = [f["drop"] for f in found]
-        bad = sum(d > risk.limit + 1e-12 for d in drops)
-        mean = {key: math.fsum(f[key] for f in found) / draws for key in ("drop", "accuracy", "cost", "never_leaves")}
+        bad, bad_of_all = (sum(f[key] > risk.limit + 1e-12 for f in found) for key in ("drop", "all_items"))
+        mean = {key: math.fsum(f[key] for f in found) / draws for key in ("drop", "accuracy", "cost", "never_leaves", "all_items")}
         rows.append(
             {"scheme": scheme, "method": name, "violations": bad, "share": bad / draws, "within_slack": bad <= most}
-            | {"share_95": wilson(bad, draws), "mean": mean, "drops": [round(d, 6) for d in drops]}
+            | {"share_95": wilson(bad, draws), "violations_of_all_items": bad_of_all, "share_of_all_items": bad_of_all / draws}
+            | {"mean": mean, "drops": [round(d, 6) for d in drops]}
         )
     full = exit_accuracy(trace)
     return {
@@ -134,8 +150,11 @@ def markdown(result: Mapping[str, Any]) -> str:
         "*population*: calibration items drawn with replacement from the recorded items, the drop taken over all of them, exactly. "
         "*split*: half calibrates, the drop is taken on the other half, whose noise counts as violation too.",
         "",
-        "| trace | items | scheme | method | violations | 95 % interval | within slack | mean drop | mean cost | accuracy | full model |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "*All items*: violations of the same plans when the drop is taken over all recorded items.",
+        "",
+        "| trace | items | scheme | method | violations | 95 % interval | within slack | all items | mean drop | mean cost | accuracy | "
+        "full model |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, found in result["traces"].items():
         for row in found["rows"]:
@@ -143,10 +162,41 @@ def markdown(result: Mapping[str, Any]) -> str:
             mean = row["mean"]
             lines.append(
                 f"| {name} | {found['calibration_items']} of {found['items']} | {row['scheme']} | {row['method']} | {row['share']:.1%} | "
-                f"{low:.1%} to {high:.1%} | {'yes' if row['within_slack'] else 'no'} | {mean['drop']:.4f} | {mean['cost']:.3f} | "
-                f"{mean['accuracy']:.2%} | {found['exit_accuracy'][-1]:.2%} |"
+                f"{low:.1%} to {high:.1%} | {'yes' if row['within_slack'] else 'no'} | {row['share_of_all_items']:.1%} | "
+                f"{mean['drop']:.4f} | {mean['cost']:.3f} | {mean['accuracy']:.2%} | {found['exit_accuracy'][-1]:.2%} |"
             )
-    return "\n".join([*lines, ""])
+    return "\n".join([*lines, "", *reading(result), ""])
+
+
+def reading(result: Mapping[str, Any]) -> list[str]:
+    """What the table says about the promise, in words that follow from its numbers."""
+    rows = {(n, r["scheme"]): r for n, f in result["traces"].items() for r in f["rows"] if r["method"] == "LTT"}
+
+    def beyond(scheme: str) -> str:
+        return ", ".join(f"{n} ({r['share']:.1%})" for (n, s), r in rows.items() if s == scheme and not r["within_slack"])
+
+    broken, over = beyond("population"), beyond("split")
+    worst = max(r["share_of_all_items"] for (_, s), r in rows.items() if s == "split")
+    kept = f"broken for {broken}" if broken else "kept within slack for every trace"
+    halves = f"beyond slack for {over}" if over else "within slack for every trace"
+    return [
+        "## Reading",
+        "",
+        f"The promise (LTT, population): {kept}. On halves: {halves}. The plans of the halves, taken over all items, exceed the limit in "
+        f"at most {worst:.1%} of the draws of any trace.",
+        "",
+        "Why halves show more. The two halves exhaust the items, so one that looks better than the whole by some amount leaves the other "
+        "worse by the same amount: the two differ by twice the error of calibration, and what is promised of the population is judged with "
+        f"that. For one setting and normal noise, a bound with nothing to spare at {result['delta']:g} is seen broken on up to "
+        f"{seen_on_halves(result['delta']):.1%} of halves, by settings that are within the limit over all items "
+        "(`seen_on_halves` in the script derives it). So a share between the two on halves is no evidence against the promise; a share "
+        f"beyond {result['delta']:g} and slack over the population would be.",
+        "",
+        "The halves are exchangeable: held-out and test items are put together and divided at random, so a difference between the two, if "
+        "there is one, falls on both halves alike, and so would any use of them in training. There was none: neither was trained on, and "
+        "no weights were chosen by them, which are those after the last epoch, nor heads or exits, which are those of the configuration. "
+        "Draws are independent given the recorded items.",
+    ]
 
 
 def svg(result: Mapping[str, Any]) -> str:
