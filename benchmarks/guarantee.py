@@ -104,8 +104,8 @@ def experiment(trace: Trace, rule: Rule, risk: Risk, draws: int) -> dict[str, An
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore", NoEffectWarning)
                     plan = calibrate(part, rule, risk, method=method)
-                found = replay(plan, test) | {"never_leaves": float(plan.shares[-1] == 1)}
-                raw[scheme, name].append(found | {"all_items": replay(plan, everything)["drop"]})
+                seen = replay(plan, test) | {"never_leaves": float(plan.shares[-1] == 1)}
+                raw[scheme, name].append(seen | {"all_items": replay(plan, everything)["drop"]})
     most = allowed(draws, risk.delta)
     rows = []
     for (scheme, name), found in raw.items():
