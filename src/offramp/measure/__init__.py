@@ -1,6 +1,7 @@
-"""Cost and quality: the clock, this machine's ceilings, statistics, Pareto curves and the report."""
+"""Cost and quality: the clock, energy, this machine's ceilings, statistics, Pareto curves and the report."""
 
 from offramp.measure.clock import Comparison, Timing, compare, environment, measure
+from offramp.measure.energy import Energy, measure_energy
 from offramp.measure.hardware import Ceilings, ceilings
 from offramp.measure.pareto import Curve, Point, curve, relative_score
 from offramp.measure.quality import ItemQuality, Outcome, item_quality, outcome
@@ -10,6 +11,7 @@ __all__ = [
     "Ceilings",
     "Comparison",
     "Curve",
+    "Energy",
     "ItemQuality",
     "Outcome",
     "Point",
@@ -20,6 +22,7 @@ __all__ = [
     "environment",
     "item_quality",
     "measure",
+    "measure_energy",
     "outcome",
     "relative_score",
     "report",

@@ -1,4 +1,4 @@
-"""Pictures for the report, as inline SVG that follows the page's light or dark colours. Needs the extra ``report``.
+"""Pictures for the report, as inline SVG that follows the page's light or dark colours, or as files. Needs the extra ``report``.
 
 Every picture carries a text alternative and the numbers it shows, so that nothing is said by colour or shape alone.
 Colours are CSS variables with a printable fallback: ``--ink``, ``--muted``, ``--grid`` and ``--c1`` .. ``--c6``.
@@ -9,9 +9,10 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from html import escape
 from typing import Any
 
 import torch
@@ -68,8 +69,11 @@ def _matplotlib() -> Any:
 
 
 @contextmanager
-def _figure(width: float = 4.2, height: float = 2.8) -> Iterator[tuple[Any, Any]]:
-    """A figure (inches) and its axes in the house style; matplotlib's settings are put back afterwards."""
+def _figure(width: float = 4.2, height: float = 2.8, panels: int = 1) -> Iterator[tuple[Any, Any]]:
+    """A figure (inches) and its axes in the house style; matplotlib's settings are put back afterwards.
+
+    Several ``panels`` lie under each other, share the horizontal axis and come as a list.
+    """
     matplotlib = _matplotlib()
     from matplotlib.figure import Figure
 
@@ -113,7 +117,7 @@ def _figure(width: float = 4.2, height: float = 2.8) -> Iterator[tuple[Any, Any]
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(style)
         figure = Figure(figsize=(width, height))
-        yield figure, figure.add_subplot()
+        yield figure, figure.add_subplot() if panels == 1 else list(figure.subplots(panels, sharex=True))
 
 
 def _svg(figure: Any, key: str) -> str:
@@ -125,9 +129,12 @@ def _svg(figure: Any, key: str) -> str:
     text = buffer.getvalue()
     text = text[text.index("<svg") :].strip()
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r'\bid="([^"]+)"', rf'id="{key}-\1"', text)
-    text = re.sub(r"url\(#([^)]+)\)", rf"url(#{key}-\1)", text)
-    text = re.sub(r'(xlink:href|href)="#([^"]+)"', rf'\1="#{key}-\2"', text)
+    # matplotlib's ids are hashes of unrounded coordinates, whose last bits differ between machines: they are numbered instead, and
+    # coordinates (inside tags; a label keeps its digits) rounded.
+    names = {name: f"{key}-{i}" for i, name in enumerate(dict.fromkeys(re.findall(r'\bid="([^"]+)"', text)))}
+    text = re.sub(r'\b(id="|href="#)([^"]+)"', lambda m: f'{m[1]}{names[m[2]]}"', text)
+    text = re.sub(r"url\(#([^)]+)\)", lambda m: f"url(#{names[m[1]]})", text)
+    text = re.sub(r"<[^>]+>", lambda tag: re.sub(r"-?\d+\.\d{3,}", lambda m: f"{round(float(m[0]), 2) + 0.0:.2f}", tag[0]), text)
     for stand_in, (name, fallback) in _COLOURS.items():
         text = text.replace(stand_in, f"var(--{name}, {fallback})")
     # The page sets the font; matplotlib's family list would fall back to a serif where DejaVu is missing.
@@ -136,6 +143,21 @@ def _svg(figure: Any, key: str) -> str:
     head, rest = text.split(">", 1)
     head = re.sub(r'\s(width|height)="[^"]*"', "", head)
     return f'{head} aria-hidden="true" focusable="false">{rest}'
+
+
+def standalone(picture: Picture) -> str:
+    """The picture as the text of an SVG file: light colours on white, at its own size, with its title and its alternative inside.
+
+    The same picture gives the same bytes: no date, no random id.
+    """
+    head, body = re.sub(r"var\(--\w+, (#\w+)\)", r"\1", picture.svg).split(">", 1)
+    found = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', head)
+    if found is None:
+        raise InvalidInput(f"The picture {picture.title!r} has no view box, so it is none of this module's.")
+    width, height = (round(float(points) * 4 / 3) for points in found.groups())  # points to pixels
+    head = head.replace(' aria-hidden="true" focusable="false"', f' width="{width}" height="{height}" role="img"')
+    words = f"<title>{escape(picture.title)}</title>\n <desc>{escape(picture.alt)}</desc>"
+    return f'{head}>\n {words}\n <rect width="100%" height="100%" fill="#fff"/>{body}\n'
 
 
 def percent(value: float, digits: int = 1) -> str:
@@ -174,6 +196,7 @@ def pareto_chart(
     quality: str = "accuracy",
     cost: str = "mean cost (FLOPs, share of the full model)",
     unit: str = "share",
+    size: tuple[float, float] = (4.2, 2.6),
 ) -> Picture:
     """Quality against cost.
 
@@ -186,11 +209,12 @@ def pareto_chart(
         quality: name of the vertical axis, a share.
         cost: name of the horizontal axis, its unit in brackets.
         unit: ``"share"`` prints costs as percentages, anything else as numbers in that unit.
+        size: width and height in inches, without the legend's lines.
     """
     if not curves and not points and not dots:
         raise InvalidInput("A Pareto figure needs at least one curve or point.")
     share = unit == "share"
-    with _figure() as (figure, ax):
+    with _figure(*size) as (figure, ax):
         for i, line in enumerate(curves):
             colour, style = _SERIES[i % 6], _STYLES[i % 6]
             marker = "" if len(line.points) > 14 else _MARKERS[i % 6]
@@ -237,7 +261,7 @@ def pareto_chart(
         ax.set_ylabel(quality)
         entries = len(curves) + len(points) + len(dots)
         figure.legend(*ax.get_legend_handles_labels(), loc="outside lower left", ncols=1 if entries <= 2 else 2, columnspacing=1.2)
-        figure.set_figheight(2.6 + 0.17 * math.ceil(entries / (1 if entries <= 2 else 2)))
+        figure.set_figheight(size[1] + 0.17 * math.ceil(entries / (1 if entries <= 2 else 2)))
         svg = _svg(figure, key)
 
     def shown(value: float) -> str:
@@ -528,3 +552,75 @@ def score_distribution(scores: Tensor, right: Tensor | None, threshold: float, n
         ("answers", "items", *(f"{int(100 * m)} % quantile" for m in marks)),
         tuple(rows),
     )
+
+
+def promise_histograms(
+    drops: Mapping[str, Mapping[str, Sequence[float]]],
+    limit: float,
+    *,
+    key: str,
+    title: str,
+    loss: str = "accuracy given up",
+    bins: int = 48,
+    size: tuple[float, float] = (6.4, 1.1),
+) -> Picture:
+    """What was really lost when the same loss was promised many times: one panel a data set, one histogram a method.
+
+    Args:
+        drops: by data set, then by method: the loss of each repetition, a share. All data sets have the same methods.
+        limit: what was promised.
+        key: prefix of ids, unique in the page.
+        title: short.
+        loss: name of the horizontal axis.
+        bins: of the histograms, about this many, >= 1.
+        size: width of the picture and height of a panel in inches.
+    """
+    methods = list(next(iter(drops.values()), {}))
+    if not methods or any(list(panel) != methods or not all(panel.values()) for panel in drops.values()):
+        raise InvalidInput("Every data set needs the same methods in the same order, at least one, and each at least one loss.")
+    every = [d for panel in drops.values() for losses in panel.values() for d in losses]
+    low, high = min(0.0, *every), max(limit, *every)
+    step = (high - low) / bins or 1.0
+    if limit > low:
+        step = (limit - low) / max(1, round((limit - low) / step))  # the limit is an edge
+    bins = max(1, math.ceil((high - low) / step - 1e-9))
+    edges = [low + i * step for i in range(bins + 1)]
+
+    def beyond(losses: Sequence[float]) -> float:
+        return sum(d > limit for d in losses) / len(losses)
+
+    with _figure(size[0], 0.75 + size[1] * len(drops), len(drops)) as (figure, axes):
+        panels = axes if isinstance(axes, list) else [axes]
+        for ax, (name, panel) in zip(panels, drops.items(), strict=True):
+            for i, (method, losses) in enumerate(panel.items()):
+                counts = [0] * bins
+                for d in losses:
+                    counts[max(0, math.ceil((d - low) / step - 1e-9) - 1)] += 1  # a loss on an edge belongs below it, as at the limit
+                heights = [c / len(losses) for c in counts]
+                ax.stairs(heights, edges, fill=True, color=_SERIES[i % 6], alpha=0.35, linewidth=0, zorder=2 + i)
+                ax.stairs(heights, edges, color=_SERIES[i % 6], linestyle=_STYLES[i % 6], linewidth=1.2, label=method, zorder=8 + i)
+                ax.annotate(
+                    f"{method}: {percent(beyond(losses))} beyond",
+                    (1, 1),
+                    xycoords="axes fraction",
+                    xytext=(0, -3 - 11 * i),
+                    textcoords="offset points",
+                    ha="right",
+                    va="top",
+                    fontsize=7.5,
+                )
+            ax.axvline(limit, color=INK, linewidth=1.1, linestyle=(0, (4, 3)), zorder=20, label=f"promised: at most {percent(limit)}")
+            ax.set_title(name, loc="left", fontsize=8)
+            _percent_axis(ax.yaxis)
+        _percent_axis(panels[-1].xaxis)
+        panels[-1].set_xlabel(loss)
+        panels[len(panels) // 2].set_ylabel("share of repetitions")
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower left", ncols=len(methods) + 1)
+        svg = _svg(figure, key)
+    rows = tuple(
+        (name, method, str(len(losses)), percent(sum(losses) / len(losses), 2), percent(beyond(losses)))
+        for name, panel in drops.items()
+        for method, losses in panel.items()
+    )
+    alt = f"{loss} where at most {percent(limit)} was promised; beyond it: " + "; ".join(f"{r[0]}, {r[1]} {r[4]}" for r in rows) + "."
+    return Picture(svg, alt, title, ("data", "method", "repetitions", f"mean {loss}", "beyond the limit"), rows)
