@@ -267,14 +267,15 @@ def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
     """What a measurement depends on, as JSON data: commit, versions, device, threads, date.
 
     The commit is given only when this very source file is tracked there: an installed copy inside some other project's
-    checkout has none. Where the source travels without its repository, the variable ``OFFRAMP_COMMIT`` may name it, and
-    ``uncommitted_changes`` is then unknown (``None``).
+    checkout has none. Where the source travels without its repository, the variable ``OFFRAMP_COMMIT`` names it; it goes before
+    what a repository around says, and ``uncommitted_changes`` is then unknown (``None``).
 
     Args:
         device: what the measurement ran on; CUDA is asked for its name only if this is a CUDA device.
     """
     where = torch.device(device)
-    commit = _git("rev-parse", "HEAD") if _git("ls-files", "--error-unmatch", Path(__file__).name) else None
+    named = os.environ.get("OFFRAMP_COMMIT")
+    commit = _git("rev-parse", "HEAD") if not named and _git("ls-files", "--error-unmatch", Path(__file__).name) else None
     versions: dict[str, str] = {"python": platform.python_version()}
     for package in ("offramp", "torch", "numpy", "transformers", "timm", "diffusers", "onnxruntime"):
         try:
@@ -283,7 +284,7 @@ def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
             continue
     out: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": commit or os.environ.get("OFFRAMP_COMMIT"),
+        "commit": named or commit,
         "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")) if commit else None,
         "versions": versions,
         "platform": platform.platform(),
