@@ -1,15 +1,17 @@
-"""Fills the marked blocks of README and the documentation from committed results and from the cards of the systems.
+"""Fills the marked blocks of README and the documentation, and draws their pictures, from committed results and the systems' cards.
 
     python docs/render.py            write
     python docs/render.py --check    fail if something is out of date
 
-A block is ``<!-- render: NAME -->`` ... ``<!-- end -->``. Figures are never typed: what has no result says so.
+A block is ``<!-- render: NAME -->`` ... ``<!-- end -->``. Figures are never typed: what has no result says so. Pictures are drawn by
+`offramp.measure.plots`, and the same results give the same bytes.
 """
 
 from __future__ import annotations
 
+import functools
 import json
-import math
+import os
 import re
 import statistics
 import sys
@@ -17,15 +19,26 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from offramp.measure.pareto import Curve, Point, curve
+from offramp.measure.plots import Picture, pareto_chart, promise_histograms, standalone
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-FIGURE = ROOT / "docs" / "img" / "pareto.svg"
+PICTURES = ROOT / "docs" / "img"
+PAGES = [ROOT / "README.md", ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"(<!-- render: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 PREFERRED = ("cifar", "sst2", "digits")
-COLOURS = ("#1b6ca8", "#c8553d", "#2e8b57", "#7b4fa3", "#b58900", "#3b8ea5")
+
+# What the classify engine is held to: exit efficiency at least this, by kind of device, mode and size of batch (throughput: of any
+# size that batches arrive in). Never leaving may take this many times as long as the full model.
+BARS: Mapping[str, Mapping[tuple[str, int | None], float]] = {
+    "cpu": {("latency", 64): 0.90, ("latency", 1): 0.85, ("throughput", None): 0.92},
+    "cuda": {("latency", 256): 0.88, ("latency", 32): 0.75, ("quota", 256): 0.92, ("quota", 32): 0.92, ("throughput", None): 0.90},
+}
+NEVER = 1.03
 
 
+@functools.cache
 def results() -> dict[str, Any]:
     """Every committed result by file name."""
     return {path.name: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
@@ -55,7 +68,7 @@ def nothing(how: str) -> str:
     return f"*No result is committed yet; `{how}` makes it.*"
 
 
-# ------------------------------------------------------------------------------------------------------------ the figure
+# ------------------------------------------------------------------------------------------------------------ the pictures
 
 
 def chosen() -> list[dict[str, Any]]:
@@ -67,76 +80,90 @@ def chosen() -> list[dict[str, Any]]:
     return []
 
 
-def curves(picked: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[float, float]]]:
-    """Mean cost and accuracy over seeds of every system and of the static models trained beside the first of them."""
-    lines = {}
-    for result in picked:
-        points = [(r["cost"][0], r["accuracy"][0]) for r in result["summary"]["budgets"] if "cost" in r and "accuracy" in r]
-        lines[result["system"]] = sorted(points)
+def static_models(picked: Sequence[Mapping[str, Any]]) -> Curve:
+    """Mean cost and accuracy over seeds of the static models trained beside the first system."""
     by_name: dict[str, list[tuple[float, float]]] = {}
     for seed in picked[0]["seeds"]:
         for point in seed["static"]:
             by_name.setdefault(point["name"], []).append((point["cost"], point["accuracy"]))
-    means = [tuple(statistics.fmean(column) for column in zip(*points, strict=True)) for points in by_name.values()]
-    lines["smaller static models"] = sorted((cost, accuracy) for cost, accuracy in means)
-    return lines
+    means = {name: [statistics.fmean(column) for column in zip(*points, strict=True)] for name, points in by_name.items()}
+    return curve("static models trained alone", [Point(name, cost, accuracy) for name, (cost, accuracy) in means.items()])
 
 
-def svg(lines: Mapping[str, Sequence[tuple[float, float]]], title: str) -> str:
-    """Accuracy against cost as a small picture."""
-    wide, high, left, right, top, bottom = 720, 400, 64, 190, 40, 52
-    ys = [y for points in lines.values() for _, y in points]
-    span = max(ys) - min(ys) or 0.01
-    step = next(s for s in (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2) if span / s <= 6)
-    first, last = math.floor(min(ys) / step), math.ceil(max(ys) / step)
-    low, up = first * step, last * step
-    xmax = max(1.05, *(x for points in lines.values() for x, _ in points))
-
-    def at(x: float, y: float) -> tuple[float, float]:
-        return left + (wide - left - right) * x / xmax, top + (high - top - bottom) * (up - y) / (up - low)
-
-    out = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {wide} {high}" font-family="system-ui, sans-serif" font-size="12">',
-        f'<rect width="{wide}" height="{high}" fill="#fff"/><text x="{left}" y="22" font-size="14" fill="#222">{title}</text>',
-    ]
-    for i in range(6):
-        x, _ = at(0.2 * i, low)
-        out.append(f'<line x1="{x:.1f}" y1="{top}" x2="{x:.1f}" y2="{high - bottom}" stroke="#eee"/>')
-        out.append(f'<text x="{x:.1f}" y="{high - bottom + 18}" text-anchor="middle" fill="#444">{20 * i} %</text>')
-    for i in range(first, last + 1):
-        _, y = at(0, i * step)
-        out.append(f'<line x1="{left}" y1="{y:.1f}" x2="{wide - right}" y2="{y:.1f}" stroke="#eee"/>')
-        out.append(f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end" fill="#444">{100 * i * step:g}</text>')
-    middle = (left + wide - right) / 2
-    label = "mean cost, share of the full model's FLOPs"
-    out.append(f'<text x="{middle:.0f}" y="{high - 12}" text-anchor="middle" fill="#222">{label}</text>')
-    for number, (name, points) in enumerate(lines.items()):
-        static = name.startswith("smaller")
-        colour = "#777" if static else COLOURS[number % len(COLOURS)]
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (at(*p) for p in points))
-        dash = ' stroke-dasharray="5 4"' if static else ""
-        out.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"{dash}/>')
-        out += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in (at(*p) for p in points)]
-        y = top + 8 + 20 * number
-        out.append(f'<line x1="{wide - right + 14}" y1="{y}" x2="{wide - right + 36}" y2="{y}" stroke="{colour}" stroke-width="2"{dash}/>')
-        out.append(f'<text x="{wide - right + 42}" y="{y + 4}" fill="#222">{name}</text>')
-    out.append("</svg>\n")
-    return "\n".join(out)
+def pareto_picture() -> Picture | None:
+    picked = chosen()
+    if not picked:
+        return None
+    lines = []
+    for result in picked:
+        budgets = [b for b in result["summary"]["budgets"] if "cost" in b and "accuracy" in b]
+        lines.append(curve(result["system"], [Point(f"budget {b['budget']:g}", b["cost"][0], b["accuracy"][0]) for b in budgets]))
+    title = f"Accuracy against cost, {picked[0]['variant']}, mean of {len(picked[0]['seeds'])} seeds"
+    return pareto_chart(lines, dots=[static_models(picked)], key="pareto", title=title, size=(6.4, 3.2))
 
 
-def title_of(picked: Sequence[Mapping[str, Any]]) -> str:
-    return f"Accuracy (%) against cost, {picked[0]['variant']}, mean of {len(picked[0]['seeds'])} seeds"
+def promises() -> dict[str, Any] | None:
+    """The result of trying the guarantee on recorded traces."""
+    return next((r for r in results().values() if isinstance(r, dict) and r.get("benchmark") == "guarantee"), None)
+
+
+def in_population(result: Mapping[str, Any]) -> dict[str, dict[str, Mapping[str, Any]]]:
+    """Rows by trace and method whose drop is taken over the whole population, exactly."""
+    return {name: {r["method"]: r for r in found["rows"] if r["scheme"] == "population"} for name, found in result["traces"].items()}
+
+
+def guarantee_picture() -> Picture | None:
+    result = promises()
+    if result is None:
+        return None
+    drops = {name: {method: row["drops"] for method, row in rows.items()} for name, rows in in_population(result).items()}
+    title = f"True accuracy drop where at most {result['max_drop']:.1%} was promised with probability {1 - result['delta']:g}"
+    return promise_histograms(drops, result["max_drop"], key="guarantee", title=title)
+
+
+def shown(page: Path, name: str, picture: Picture) -> str:
+    """A picture in Markdown, by its path from the page."""
+    return f"![{picture.alt}]({os.path.relpath(PICTURES / f'{name}.svg', page.parent)})"
 
 
 # ------------------------------------------------------------------------------------------------------------ the blocks
 
 
 def pareto(page: Path) -> str:
-    picked = chosen()
-    if not picked:
+    picked, picture = chosen(), pareto_picture()
+    if picture is None:
         return nothing("make bench")
-    where = "docs/img/pareto.svg" if page.parent == ROOT else "img/pareto.svg"
-    return f"![{title_of(picked)}]({where})\n\n{title_of(picked)}. Trained and measured on {machine(picked[0]['environment'])}."
+    settings = {
+        (r["system"], b["cost"][0], b["accuracy"][0], b["static"][0])
+        for r in picked
+        for b in r["summary"]["budgets"]
+        if all(k in b for k in ("cost", "accuracy", "static"))
+    }
+    ahead = sum(accuracy > static for _, _, accuracy, static in settings)
+    note = (
+        f"Of {len(settings)} settings of the {len(picked)} systems, {ahead} are more accurate than a smaller static model trained from "
+        f"scratch (or a mix of two) at the same cost."
+    )
+    return f"{shown(page, 'pareto', picture)}\n\n{picture.title}. Trained and measured on {machine(picked[0]['environment'])}. {note}"
+
+
+def guarantee(page: Path) -> str:
+    result, picture = promises(), guarantee_picture()
+    if result is None or picture is None:
+        return nothing("make -C benchmarks results/guarantee_traces.json")
+    rows = []
+    for name, found in in_population(result).items():
+        for method, row in found.items():
+            low, high = row["share_95"]
+            cells = [f"{row['share']:.1%} [{low:.1%}, {high:.1%}]", f"{row['mean']['drop']:.4f}", f"{row['mean']['cost']:.3f}"]
+            rows.append([name, method, *cells, "yes" if row["within_slack"] else "no"])
+    head = ["recorded trace", "method", "beyond the limit [95 %]", "mean drop", "mean cost", "promise kept"]
+    note = (
+        f"{result['draws']} calibrations a row, each on items drawn anew from the trace, the drop taken over all of its items. "
+        f"`naive` takes the cheapest threshold that looks right on the calibration items. Kept means at most "
+        f"{result['allowed_violations']} violations: {result['delta']:.0%} and binomial slack."
+    )
+    return f"{shown(page, 'guarantee', picture)}\n\n{picture.title}.\n\n{table(head, rows)}\n\n{note}"
 
 
 def demo(page: Path) -> str:
@@ -155,31 +182,145 @@ def demo(page: Path) -> str:
     return table(head, rows) + f"\n\nMedian of {passes} interleaved passes of `make demo` on {machine(result['environment'])}."
 
 
+def efficiencies() -> list[tuple[str, dict[str, Any]]]:
+    """Results of `benchmarks/efficiency.py` with their file names, GPUs first and of one model the newest first."""
+    found = [(n, r) for n, r in results().items() if isinstance(r, dict) and "planned_shares" in r and "rows" in r]
+    found.sort(key=lambda pair: str(pair[1]["environment"].get("date")), reverse=True)
+    return sorted(found, key=lambda pair: (device(pair[1]) == "cpu", pair[1]["model"]))
+
+
+def when(environment: Mapping[str, Any]) -> str:
+    """Day, time and state of the code of a measurement, as far as they are recorded."""
+    date, commit = environment.get("date"), environment.get("commit")
+    day = f"{date[:10]} {date[11:16]}" if date else "date not recorded"
+    changed = " with uncommitted changes" if environment.get("uncommitted_changes") else ""
+    return f"{day}, {f'commit {commit[:7]}{changed}' if commit else 'commit not recorded'}"
+
+
+def device(result: Mapping[str, Any]) -> str:
+    return str(result["environment"]["device"]).partition(":")[0]
+
+
+def verdict(met: bool) -> str:
+    return "met" if met else "**missed**"
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def waited_ratio(row: Mapping[str, Any], full: Mapping[str, Any]) -> float | None:
+    """Time over the full model's, each batch waited for before the next is given."""
+    return row["waited_ms"] / full["waited_ms"] if "waited_ms" in row and "waited_ms" in full else None
+
+
+def judged(kind: str, row: Mapping[str, Any], full: Mapping[str, Any]) -> str:
+    """The bar of a row and whether it is met."""
+    if row["mode"] == "never":
+        waited = waited_ratio(row, full) if kind == "cuda" else None  # on a CPU a call returns when it is done
+        return f"time / full <= {NEVER:g}: {verdict(row['over_full'] <= NEVER)}" + (
+            "" if waited is None else f", waited for: {verdict(waited <= NEVER)}"
+        )
+    bar = BARS[kind].get((row["mode"], row.get("batch")))
+    return "-" if bar is None else f">= {bar:.2f}: {verdict(row['exit_efficiency'] >= bar)}"
+
+
+def highest(ratios: Mapping[int, float]) -> str:
+    """The highest ratio, at which batch, and whether it is within the bar for never leaving."""
+    if not ratios:
+        return "not measured"
+    size = max(ratios, key=lambda batch: ratios[batch])
+    return f"{ratios[size]:.3f} at batch {size}{'' if ratios[size] <= NEVER else ' **missed**'}"
+
+
+def full_of(rows: Sequence[Mapping[str, Any]], row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The full model of the same pass."""
+    size = "bucket" if row["mode"] == "throughput" else "batch"
+    return next(r for r in rows if r["mode"] == "full" and r.get(size) == row[size])
+
+
+NAMES = {"full": "full model", "never": "never leaving"}
+
+
 def efficiency(page: Path) -> str:
     parts = []
-    for name, result in results().items():
-        if not isinstance(result, dict) or "planned_shares" not in result or "rows" not in result:
-            continue
-        rows = []
-        for row in result["rows"]:
-            size = f"{row['batch']}" if "batch" in row else f"arriving by {row['incoming']}, bucket {row['bucket']}"
-            ideal, ratio = row.get("exit_efficiency"), row.get("over_full")
-            cells = [f"{row['median_ms']:.3g}", "-" if ratio is None else f"{ratio:.3f}", "-" if ideal is None else f"{ideal:.3f}"]
-            rows.append([row["mode"].partition("_")[0], size, *cells])
+    for name, result in efficiencies():
+        kind, rows = device(result), result["rows"]
+        cuda = kind == "cuda"
         where = f"exits after {', '.join(result['exits'])}, on {machine(result['environment'])}"
-        head = f"**{result['model']}**, {result['dtype']}, {where} (`{name}`)"
-        parts.append(head + "\n\n" + table(["mode", "batch", "ms", "time / full", "exit efficiency"], rows))
+        parts.append(f"**{result['model']}**, {result['dtype']}, {where}; {when(result['environment'])} (`{name}`)")
+        batches, streams = [], []
+        for row in sorted(rows, key=lambda r: r.get("batch", 0)):
+            full = row if row["mode"] == "full" else full_of(rows, row)
+            found = [number(row.get("exit_efficiency")), *([number(row.get("exit_efficiency_alone"))] if cuda else [])]
+            if "batch" in row:
+                waited = [f"{row['waited_ms']:.3g} ({number(waited_ratio(row, full))})"] if cuda else []
+                cells = [f"{row['median_ms']:.3g}", number(row["over_full"]), *waited, *found]
+                batches.append([NAMES.get(row["mode"], row["mode"]), str(row["batch"]), *cells, judged(kind, row, full)])
+            else:
+                arriving = str(row["incoming"]) if "incoming" in row else f"full model, {row['bucket']}"
+                cells = [f"{1e3 * row['items'] / row['median_ms']:,.1f}", number(row.get("over_full", 1.0)), *found]
+                streams.append([arriving, *cells, judged(kind, row, full)])
+        last = ["exit efficiency", *(["alone"] if cuda else []), "bar"]
+        if batches:
+            parts.append(table(["mode", "batch", "ms", "time / full", *(["waited for (/ full)"] if cuda else []), *last], batches))
+        if streams:
+            buckets = ", ".join(str(b) for b in sorted({r["bucket"] for r in rows if r["mode"] == "throughput"}))
+            parts.append(f"Throughput mode, bucket {buckets}:")
+            parts.append(table(["batches arriving", "items / s", "time / full", *last], streams))
     return "\n\n".join(parts) or nothing("make bench")
 
 
+def bars(page: Path) -> str:
+    """One table a kind of device: every bar and the exit efficiency held against it."""
+    parts = []
+    for kind, limits in BARS.items():
+        found = [(n, r) for n, r in efficiencies() if device(r) == kind]
+        if not found:
+            parts.append(f"{kind.upper()}: {nothing('make -C benchmarks ' + {'cpu': 'cpu', 'cuda': 'gpu'}[kind])}")
+            continue
+        head = ["model", *(f"{mode}, {f'batch {size}' if size else 'lowest'} (>= {bar:.2f})" for (mode, size), bar in limits.items())]
+        head.append(f"never leaving, time / full, highest (<= {NEVER:g})")
+        head += [*(["the same, each batch waited for"] if kind == "cuda" else []), "measured"]
+        lines = []
+        for _, result in found:
+            rows, cells = result["rows"], []
+            for (mode, size), bar in limits.items():
+                meant = [r for r in rows if r["mode"] == mode and r.get("batch") == size]
+                if not meant:
+                    cells.append("not measured")
+                    continue
+                row = min(meant, key=lambda r: r["exit_efficiency"])
+                alone = f" ({row['exit_efficiency_alone']:.3f})" if "exit_efficiency_alone" in row else ""
+                at = f", arriving by {row['incoming']}" if len(meant) > 1 else ""
+                cells.append(f"{row['exit_efficiency']:.3f}{alone}{at}{'' if row['exit_efficiency'] >= bar else ' **missed**'}")
+            never = [r for r in rows if r["mode"] == "never"]
+            cells.append(highest({r["batch"]: r["over_full"] for r in never}))
+            if kind == "cuda":
+                ratios = {r["batch"]: waited_ratio(r, full_of(rows, r)) for r in never}
+                cells.append(highest({size: ratio for size, ratio in ratios.items() if ratio is not None}))
+            lines.append([result["model"], *cells, when(result["environment"])])
+        machines = " and ".join(dict.fromkeys(machine(r["environment"]) for _, r in found))
+        dtypes = ", ".join(dict.fromkeys(r["dtype"] for _, r in found))
+        both = any("exit_efficiency_alone" in row for _, r in found for row in r["rows"])
+        extra = " In brackets: against each segment repeated alone." if both else ""
+        parts.append(f"{table(head, lines)}\n\nExit efficiency on {machines}, {dtypes}.{extra}")
+    return "\n\n".join(parts)
+
+
 def claims(page: Path) -> str:
-    rows = []
+    """A table for each system and claim, a row for each data set."""
+    rows: dict[tuple[str, str, str], list[list[str]]] = {}
     for r in sorted(reproductions(), key=lambda r: (r["system"], r["variant"])):
         p, m = r["predicate"], r["measured"]
+        test = f"{p['metric']} {p['relation']} {p['value']:g}" + (f" at cost {p['budget']:g}" if p.get("budget") is not None else "")
         got = "-" if m is None else f"{m['value']:.4f} [{m['low']:.4f}, {m['high']:.4f}]"
-        rows.append([r["system"], r["variant"], r["claim"], f"{p['metric']} {p['relation']} {p['value']:g}", got, r["verdict"]])
-    head = ["system", "data", "claim", "test", "measured", "verdict"]
-    return table(head, rows) if rows else nothing("make -C benchmarks cpu")
+        rows.setdefault((r["system"], r["claim"], test), []).append([r["variant"], got, r["verdict"]])
+    parts = [
+        f"**{system}**: {claim} As a test: {test}.\n\n{table(['data', 'measured', 'verdict'], found)}"
+        for (system, claim, test), found in rows.items()
+    ]
+    return "\n\n".join(parts) or nothing("make -C benchmarks cpu")
 
 
 def systems(page: Path) -> str:
@@ -196,7 +337,7 @@ def systems(page: Path) -> str:
     return table(["system", "paper", "engine", "delta from", "is", "status"], rows)
 
 
-RENDERERS: dict[str, Callable[[Path], str]] = {f.__name__: f for f in (pareto, demo, efficiency, claims, systems)}
+RENDERERS: dict[str, Callable[[Path], str]] = {f.__name__: f for f in (pareto, guarantee, demo, efficiency, bars, claims, systems)}
 
 
 def main() -> int:
@@ -204,8 +345,9 @@ def main() -> int:
     for page in PAGES:
         text = page.read_text()
         wanted[page] = BLOCK.sub(lambda m, page=page: f"{m.group(1)}{RENDERERS[m.group(2)](page)}\n{m.group(3)}", text)
-    if picked := chosen():
-        wanted[FIGURE] = svg(curves(picked), title_of(picked))
+    for name, picture in (("pareto", pareto_picture()), ("guarantee", guarantee_picture())):
+        if picture is not None:
+            wanted[PICTURES / f"{name}.svg"] = standalone(picture)
     stale = [path for path, text in wanted.items() if not path.exists() or path.read_text() != text]
     if "--check" in sys.argv[1:]:
         for path in stale:
