@@ -26,7 +26,7 @@ from offramp.core.errors import InvalidInput, NoEffectWarning, NoSavingWarning
 from offramp.core.trace import LatencyTable
 from offramp.engines import host
 from offramp.engines.graph_stream import Streams
-from offramp.engines.graphs import MAX_SIGNATURES, GraphLoop
+from offramp.engines.graphs import MAX_SIGNATURES, GraphLoop, quota_pipeline
 from offramp.engines.modes import Latency, Mode, Quota, Throughput, quota_sizes
 from offramp.engines.profile import interpolate, measure_table, worthwhile
 from offramp.engines.queues import Answers, Queues
@@ -77,7 +77,7 @@ class Runner:
                 return self._answers(*self.loop.latency(key, rows, layout, count))
             rows, _, count = begin(self.net, self.plan, *self._place(args, kwargs))
             if isinstance(self.mode, Quota):
-                return self._answers(*host.quota(self.stages, rows, count, quota_sizes(self.stage_shares(), count)))
+                return self._answers(*quota_pipeline(self.stages, rows, tuple(quota_sizes(self.stage_shares(), count))))
             return self._answers(*host.latency(self.stages, self.thresholds, rows, count, self._compaction_pays))
 
     def stream(self, batches: Iterable[Any]) -> Iterator[Answers]:

@@ -49,7 +49,7 @@ class GraphLoop:
         wrap = self.recorder.wrap
         self.steps = [wrap(functools.partial(_latency_step, stage, threshold)) for stage, threshold in zip(stages, thresholds, strict=True)]
         self.whole = wrap(functools.partial(_whole, stages[0]))
-        self.pipeline = wrap(functools.partial(_quota_pipeline, stages))
+        self.pipeline = wrap(functools.partial(quota_pipeline, stages))
         self.benches: dict[Any, Bench] = {}
 
     def bench(self, key: Any, rows: Rows, layout: Layout, size: int, slots: int) -> Bench:
@@ -209,7 +209,7 @@ def _whole(stage: Stage, rows: Rows) -> Tensor:
     return stage(*rows)[1]
 
 
-def _quota_pipeline(stages: list[Stage], rows: Rows, sizes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+def quota_pipeline(stages: list[Stage], rows: Rows, sizes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """All stages of quota mode: after stage k the ``sizes[k]`` lowest scores go on. Returns answers and exits.
 
     Nothing is put in place on the way. Each stage keeps the ranks of its rows, which say where a row that went on is to be found,

@@ -1,4 +1,5 @@
-"""Latency and quota mode as loops on the host, which run on any device. Throughput mode on the host is `offramp.engines.queues`.
+"""Latency mode as a loop on the host, which runs on any device. Throughput mode on the host is `offramp.engines.queues`; quota mode
+needs no loop: it is `offramp.engines.graphs.quota_pipeline`.
 
 Predictions of all current rows are written by index and survivors alone are compacted: one gather and no reordering at the end.
 
@@ -13,7 +14,6 @@ import torch
 from torch import Tensor
 
 from offramp.core.errors import InvalidInput
-from offramp.engines.graphs import in_order, ranks
 from offramp.engines.stages import Rows, Stage, take
 
 Pays = Callable[[int, int, int], bool]
@@ -55,26 +55,4 @@ def latency(stages: Sequence[Stage], thresholds: Sequence[float], rows: Rows, co
         if pays(number, index.numel(), staying):
             keep = waiting.nonzero().squeeze(1)
             rows, index, waiting = take(rows, stage.after, keep), index[keep], None
-    return output, exits
-
-
-def quota(stages: Sequence[Stage], rows: Rows, count: int, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Answers ``[B, C]`` and exits ``[B]`` of one batch; ``sizes[k]`` rows go on after stage k."""
-    device = rows[0].device
-    exits = torch.full((count,), stages[-1].exit, device=device)
-    index = torch.arange(count, device=device)
-    output = rows[0].new_empty(0)  # made in the first stage
-    for number, stage in enumerate(stages):
-        rows, logits, score = stage(*rows)
-        if number == 0:
-            output = logits.new_empty(count, *logits.shape[1:])
-        output[index] = logits
-        if stage.last:
-            break
-        keep = in_order(ranks(score), sizes[number]) if score is not None else index
-        exits[index] = stage.exit
-        exits[index[keep]] = stages[-1].exit
-        if not keep.numel():
-            break
-        rows, index = take(rows, stage.after, keep), index[keep]
     return output, exits

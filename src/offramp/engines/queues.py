@@ -43,18 +43,18 @@ class Group(NamedTuple):
     Attributes:
         rows: what they carry, others that have left among them.
         ids: ``[n, 2]`` int64 on the host: number of the batch and place in it.
-        index: ``[n]`` int64 which of the rows they are; ``None`` = all.
+        chosen: ``[n]`` int64 which of the rows they are; ``None`` = all.
     """
 
     rows: Rows
     ids: Tensor
-    index: Tensor | None = None
+    chosen: Tensor | None = None
 
     def split(self, first: int, layout: Layout) -> tuple[Group, Group]:
         """The first rows, and the rest; nothing is copied."""
         count = len(self.ids)
-        if self.index is not None:
-            return Group(self.rows, self.ids[:first], self.index[:first]), Group(self.rows, self.ids[first:], self.index[first:])
+        if self.chosen is not None:
+            return Group(self.rows, self.ids[:first], self.chosen[:first]), Group(self.rows, self.ids[first:], self.chosen[first:])
         return Group(part(self.rows, layout, 0, first), self.ids[:first]), Group(part(self.rows, layout, first, count), self.ids[first:])
 
 
@@ -135,7 +135,7 @@ class Queues:
         if waiting:
             self.queues[number][key] = waiting
         ids = torch.cat([g.ids for g in picked])
-        rows, logits, score = stage(*join([g.rows for g in picked], stage.before, [g.index for g in picked]))
+        rows, logits, score = stage(*join([g.rows for g in picked], stage.before, [g.chosen for g in picked]))
         if stage.last:
             self._finish(logits, ids, stage.exit)
             return
