@@ -218,8 +218,8 @@ def judged(kind: str, row: Mapping[str, Any], full: Mapping[str, Any]) -> str:
     """The bar of a row and whether it is met."""
     if row["mode"] == "never":
         waited = waited_ratio(row, full) if kind == "cuda" else None  # on a CPU a call returns when it is done
-        return f"time / full <= {NEVER:g}: {verdict(row['over_full'] <= NEVER)}" + (
-            "" if waited is None else f", waited for: {verdict(waited <= NEVER)}"
+        return f"<= {NEVER:g}: {verdict(row['over_full'] <= NEVER)}" + (
+            "" if waited is None else f"; waited for: {verdict(waited <= NEVER)}"
         )
     bar = BARS[kind].get((row["mode"], row.get("batch")))
     return "-" if bar is None else f">= {bar:.2f}: {verdict(row['exit_efficiency'] >= bar)}"
@@ -252,18 +252,20 @@ def efficiency(page: Path) -> str:
         batches, streams = [], []
         for row in sorted(rows, key=lambda r: r.get("batch", 0)):
             full = row if row["mode"] == "full" else full_of(rows, row)
-            found = [number(row.get("exit_efficiency")), *([number(row.get("exit_efficiency_alone"))] if cuda else [])]
+            found = [
+                number(row.get("exit_efficiency")) + (f" ({row['exit_efficiency_alone']:.3f})" if "exit_efficiency_alone" in row else "")
+            ]
             if "batch" in row:
                 waited = [f"{row['waited_ms']:.3g} ({number(waited_ratio(row, full))})"] if cuda else []
                 cells = [f"{row['median_ms']:.3g}", number(row["over_full"]), *waited, *found]
-                batches.append([NAMES.get(row["mode"], row["mode"]), str(row["batch"]), *cells, judged(kind, row, full)])
+                batches.append([f"{NAMES.get(row['mode'], row['mode'])}, {row['batch']}", *cells, judged(kind, row, full)])
             else:
-                arriving = str(row["incoming"]) if "incoming" in row else f"full model, {row['bucket']}"
+                arriving = str(row["incoming"]) if "incoming" in row else f"full model at {row['bucket']}"
                 cells = [f"{1e3 * row['items'] / row['median_ms']:,.1f}", number(row.get("over_full", 1.0)), *found]
                 streams.append([arriving, *cells, judged(kind, row, full)])
-        last = ["exit efficiency", *(["alone"] if cuda else []), "bar"]
+        last = [f"exit efficiency{' (alone)' if cuda else ''}", "bar"]
         if batches:
-            parts.append(table(["mode", "batch", "ms", "time / full", *(["waited for (/ full)"] if cuda else []), *last], batches))
+            parts.append(table(["mode, batch", "ms", "time / full", *(["waited for (/ full)"] if cuda else []), *last], batches))
         if streams:
             buckets = ", ".join(str(b) for b in sorted({r["bucket"] for r in rows if r["mode"] == "throughput"}))
             parts.append(f"Throughput mode, bucket {buckets}:")

@@ -83,11 +83,11 @@ def test_rows_of_a_cpu(render: ModuleType, two: dict[str, Any]) -> None:
         "**tiny**, float32, exits after blocks.2, on Some CPU; 2026-01-02 03:04, commit abcdef0 with uncommitted changes (`a_cpu.json`)"
         in text
     )
-    assert line(text, "mode") == ["mode", "batch", "ms", "time / full", "exit efficiency", "bar"]
-    assert line(text, "full model") == ["full model", "64", "100", "1.000", "-", "-"]
-    assert line(text, "latency") == ["latency", "64", "93.4", "0.934", "0.910", ">= 0.90: met"]
-    assert line(text, "never leaving") == ["never leaving", "64", "102", "1.020", "0.980", "time / full <= 1.03: met"]
-    assert line(text, "full model, 64") == ["full model, 64", "512.0", "1.000", "-", "-"]
+    assert line(text, "mode, batch") == ["mode, batch", "ms", "time / full", "exit efficiency", "bar"]
+    assert line(text, "full model, 64") == ["full model, 64", "100", "1.000", "-", "-"]
+    assert line(text, "latency, 64") == ["latency, 64", "93.4", "0.934", "0.910", ">= 0.90: met"]
+    assert line(text, "never leaving, 64") == ["never leaving, 64", "102", "1.020", "0.980", "<= 1.03: met"]
+    assert line(text, "full model at 64") == ["full model at 64", "512.0", "1.000", "-", "-"]
     assert line(text, "1") == ["1", "640.0", "0.800", "0.850", ">= 0.92: **missed**"]
     assert line(text, "8") == ["8", "731.4", "0.700", "0.970", ">= 0.92: met"]
 
@@ -96,14 +96,14 @@ def test_rows_of_a_gpu_show_both_yardsticks_and_the_wait(render: ModuleType, two
     text = render.efficiency(PAGE)
     assert text.index("**base**") < text.index("**tiny**"), "GPUs come first"
     text = text[: text.index("**tiny**")]
-    head = ["mode", "batch", "ms", "time / full", "waited for (/ full)", "exit efficiency", "alone", "bar"]
-    assert line(text, "mode") == head
-    assert line(text, "full model") == ["full model", "32", "3", "1.000", "3.2 (1.000)", "-", "-", "-"]
-    assert line(text, "latency") == ["latency", "32", "3", "1.000", "3.1 (0.969)", "0.800", "0.700", ">= 0.75: met"]
-    assert line(text, "quota")[-1] == ">= 0.92: **missed**"
+    head = ["mode, batch", "ms", "time / full", "waited for (/ full)", "exit efficiency (alone)", "bar"]
+    assert line(text, "mode, batch") == head
+    assert line(text, "full model, 32") == ["full model, 32", "3", "1.000", "3.2 (1.000)", "-", "-"]
+    assert line(text, "latency, 32") == ["latency, 32", "3", "1.000", "3.1 (0.969)", "0.800 (0.700)", ">= 0.75: met"]
+    assert line(text, "quota, 32")[-1] == ">= 0.92: **missed**"
     # Within 3 % with batches one after another, beyond it when each is waited for.
-    assert line(text, "never leaving")[2:5] == ["3.06", "1.020", "3.36 (1.050)"]
-    assert line(text, "never leaving")[-1] == "time / full <= 1.03: met, waited for: **missed**"
+    assert line(text, "never leaving, 32")[1:4] == ["3.06", "1.020", "3.36 (1.050)"]
+    assert line(text, "never leaving, 32")[-1] == "<= 1.03: met; waited for: **missed**"
 
 
 def test_bars_take_the_worst_and_say_what_is_missing(render: ModuleType, two: dict[str, Any]) -> None:
