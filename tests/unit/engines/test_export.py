@@ -22,6 +22,8 @@ from offramp.core.errors import ExportError, FingerprintMismatch, InvalidInput, 
 from offramp.core.protocols import Head, Rule  # noqa: E402
 from offramp.core.types import Readout  # noqa: E402
 from offramp.engines.export import AdaptiveModule, export_onnx, export_program  # noqa: E402
+from offramp.engines.export_check import Check  # noqa: E402
+from offramp.engines.export_trace import Inputs  # noqa: E402
 from offramp.network import MultiExit, attach, never  # noqa: E402
 from offramp.policies import (  # noqa: E402
     Confidence,
@@ -363,10 +365,10 @@ def test_exits_that_are_off_are_not_in_the_file(mixer: Case, tmp_path: Any) -> N
     with torch.no_grad():
         torch.testing.assert_close(output, mixer.net.model(*inputs[0]))
     assert exits.tolist() == [3] * 7
-    assert AdaptiveModule(mixer.net, plan_of(mixer.net, Confidence(), (INF, 0.5, INF)))._read == {1}
+    assert AdaptiveModule(mixer.net, plan_of(mixer.net, Confidence(), (INF, 0.5, INF))).read == {1}
     # A rule that remembers must see the exits before, though nobody may leave there.
     halting = HaltingCDF.for_shapes([e.hidden_shape for e in mixer.net.exits])
-    assert AdaptiveModule(mixer.net, plan_of(mixer.net, halting, (INF, 0.5, INF)))._read == {0, 1}
+    assert AdaptiveModule(mixer.net, plan_of(mixer.net, halting, (INF, 0.5, INF))).read == {0, 1}
 
 
 def test_metadata_and_optional_thresholds(mixer: Case, tmp_path: Any) -> None:
@@ -398,7 +400,7 @@ def test_a_wrong_file_is_not_written(mixer: Case, tmp_path: Any, monkeypatch: py
     target = tmp_path / "model.onnx"
     target.write_text("the file that was there")
     plan = plan_of(mixer.net, Confidence(), (0.4, INF, INF))
-    right = export_file._to_onnx(AdaptiveModule(mixer.net, plan), mixer.net.example, ["x"], None)
+    right = export_file._to_onnx(AdaptiveModule(mixer.net, plan), Inputs(mixer.net), ["x"], None)
 
     heavier = onnx.ModelProto()
     heavier.CopyFrom(right)
@@ -437,15 +439,15 @@ class _Answers:
 def test_ties_are_excused_and_only_ties(mixer: Case) -> None:
     def compare(rule: Rule, shift: float) -> Any:
         module = AdaptiveModule(mixer.net, plan_of(mixer.net, rule, (0.5, INF, INF)))
-        tensors = list(mixer.inputs(2)[0])
-        answers, scores = export_file._reference(mixer.net, module, mixer.net.example, tensors)
-        first = int(scores[:, 0].argmax())
-        thresholds = torch.tensor([float(scores[first, 0]) + shift, INF, INF])
-        expected = torch.where(scores[:, 0] >= thresholds[0], 0, 3)
+        check = Check(mixer.net, module, Inputs(mixer.net), ("x",), 1e-4)
+        sample = check.sample(mixer.inputs(2)[0])
+        scores = sample.scores[:, 0]
+        first = int(scores.argmax())
+        thresholds = torch.tensor([float(scores[first]) + shift, INF, INF])
+        expected = torch.where(scores >= thresholds[0], 0, 3)
         other = expected.clone()
         other[first] = 3 - other[first]
-        session = _Answers(answers, other.tolist())
-        return export_file._compare("a case", session, thresholds, mixer.net, module, ("x",), mixer.net.example, tensors, 1e-4, given=False)
+        return check.compare("a case", _Answers(sample.answers, other.tolist()), sample, thresholds)
 
     assert compare(Confidence(), 1e-6).ties == 1 and compare(Confidence(), -1e-6).ties == 1
     with pytest.raises(ExportError, match="other exits"):
