@@ -5,7 +5,6 @@ Every forward goes through the wrapped module, so DDP, FSDP, mixed precision and
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,39 +14,35 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
-
-from offramp.core.batches import Batch, unpack_batch
-from offramp.core.bundle import load_bundle, save_bundle
+from offramp.core.batches import Batch
+from offramp.core.bundle import save_bundle
 from offramp.core.errors import InvalidInput
-from offramp.core.parts import part_to_dict
+from offramp.core.modes import evaluating, modes_kept
 from offramp.network import MultiExit
-from offramp.train.checkpoint import clear_checkpoints, load_into, newest_checkpoint, save_checkpoint
 from offramp.train.equilibrium import equilibrium
-from offramp.train.losses import CrossEntropy, ItemLoss, NonFiniteLoss, per_item
+from offramp.train.evaluate import evaluate
+from offramp.train.losses import CrossEntropy, ItemLoss, NonFiniteLoss
 from offramp.train.metrics import MetricsLog
-from offramp.train.order import Order, check_loader, preserved_random_state, seed_all, seeded_samplers
-from offramp.train.recipe import Joint, Objective, Recipe, Seen, allot
+from offramp.train.order import Order, Place, check_loader, preserved_random_state, seed_all, seed_order, seeded_samplers
+from offramp.train.recipe import Joint, Recipe, allot
+from offramp.train.resume import Checkpoints, load_best
 from offramp.train.setup import (
     Bar,
     OptimizerFactory,
     SchedulerFactory,
     Settings,
     check_settings,
-    forget_unused,
-    modes_restored,
-    only_trained,
+    checked_batch,
     own_accelerator,
-    own_frozen,
     progress_bar,
+    share_out,
 )
+from offramp.train.sharding import agree, check_sharding, copied, gather, prepare
+from offramp.train.step import Work, take_step
+from offramp.train.trainee import Trainee, make_optimizer, only_trained, own_frozen
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-MODEL_LR, ADDED_LR = 5e-5, 1e-3
-"""Default learning rates: the model's weights are trained already, those of heads and rules are new."""
 
 
 @dataclass(frozen=True)
@@ -67,31 +62,6 @@ class FitResult:
     epochs: int
     best: Mapping[str, Any] | None = None
     resumed_from: int | None = None
-
-
-class _Trainee(nn.Module):
-    """Network and learned rule as one module, so that one wrapper holds everything that is trained."""
-
-    def __init__(self, net: MultiExit, recipe: Recipe) -> None:
-        super().__init__()
-        self.net = net
-        self.extra = recipe.module
-        self._recipe = recipe
-
-    def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Tensor, ...], Any]:
-        logits, states = self.net.forward_with_states(*args, **kwargs)
-        return logits, self._recipe.observe(logits, states)
-
-
-@dataclass
-class _Place:
-    """Where training is. With the seed it fixes all randomness to come."""
-
-    phase: int = 0
-    epoch: int = 0
-    batch: int = 0
-    step: int = 0
-    phase_step: int = 0
 
 
 def fit(
@@ -122,7 +92,7 @@ def fit(
     ends with the weights of an uninterrupted run (bit for bit where the kernels are deterministic, as on a CPU). For that
     the loader must give the same batches when iterated again under the same global seed, as a ``DataLoader`` does (see
     `offramp.train.order`), and modules must draw from the global generators only. Training flags, ``requires_grad`` and the
-    caller's random state are given back; the network stays on the device accelerate put it on.
+    caller's random state are given back; the network stays on the device accelerate put it on (with FSDP, where it was).
 
     Args:
         net: made by `offramp.attach`. Parameters with ``requires_grad=False`` stay as they are, and a module in eval mode
@@ -138,7 +108,9 @@ def fit(
             anew for each phase.
         scheduler: ``(optimizer, steps of the phase) -> learning rate scheduler``, stepped once an optimizer step;
             ``torch.optim.lr_scheduler.CosineAnnealingLR`` fits as it is.
-        accelerator: made by default; pass one for FSDP or special settings.
+        accelerator: made by default; pass one for FSDP or special settings. For FSDP give it
+            ``FullyShardedDataParallelPlugin(fsdp_version=2)``: a copy of the network is sharded and trained, while ``net`` stays where it
+            is and gets the whole weights back, in every process, at checkpoints and at the end.
         mixed_precision: ``"no"``, ``"bf16"`` or ``"fp16"``, as accelerate takes it; not together with ``accelerator``.
         gradient_accumulation_steps: batches to an optimizer step. The gradient is the mean over their items, whatever the
             batch sizes; the last step of an epoch takes what is left.
@@ -179,7 +151,7 @@ def fit(
         check_loader(eval_loader)
     with ExitStack() as stack:
         stack.enter_context(preserved_random_state())
-        stack.enter_context(modes_restored(net, chosen))
+        stack.enter_context(modes_kept(net, *(p.recipe.module for p in chosen.phases() if p.recipe.module is not None)))
         owned = accelerator is None
         accelerator = stack.enter_context(own_accelerator(mixed_precision)) if accelerator is None else accelerator
         run = _Run(net, chosen, accelerator, owned, settings)
@@ -191,230 +163,135 @@ class _Run:
     """State of one call of `fit`."""
 
     def __init__(self, net: MultiExit, recipe: Recipe, accelerator: Accelerator, owned: bool, settings: Settings) -> None:
-        self.net, self.recipe, self.accelerator, self.owned, self.settings = net, recipe, accelerator, owned, settings
-        self.loss, self.seed, self.folder = settings.loss, settings.seed, settings.folder
+        self.net, self.accelerator, self.owned, self.settings = net, accelerator, owned, settings
         self.phases = recipe.phases()
         self.epochs = allot(settings.epochs, self.phases, "epochs")
         self.max_steps = (None,) * len(self.phases) if settings.max_steps is None else allot(settings.max_steps, self.phases, "max_steps")
-        self.place = _Place()
-        self.log = MetricsLog(None if self.folder is None else self.folder / "metrics.jsonl", write=accelerator.is_main_process)
-        self.keep_eval = [m for m in net.modules() if not m.training and own_frozen(m)]
-        self.sharded = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type)) == "FSDP"
+        self.still = [m for m in net.modules() if not m.training and own_frozen(m)]
+        self.sharded = check_sharding(accelerator)
+        self.log = MetricsLog(None if settings.folder is None else settings.folder / "metrics.jsonl", write=accelerator.is_main_process)
+        identity = {
+            "seed": settings.seed,
+            "gradient_accumulation_steps": settings.gradient_accumulation_steps,
+            "processes": accelerator.num_processes,
+            "epochs of earlier phases": self.epochs[:-1],
+        }
+        keep = settings.keep_checkpoints
+        self.checkpoints = Checkpoints(settings.folder, net, recipe, accelerator, self.sharded, self.log, keep, identity)
 
     # ---- the run, top to bottom -----------------------------------------------------------------------------------------
 
     def go(self, train_loader: Iterable[Any], eval_loader: Iterable[Any] | None, resume: bool, bar: Bar) -> FitResult:
-        saved = self._begin(resume)
-        with seeded_samplers(train_loader) as samplers:
-            train = self._distribute(train_loader)
-            evaluation = None if eval_loader is None else self._distribute(eval_loader)
+        self.place = self.checkpoints.begin(resume)
+        resumed_from = None if self.checkpoints.resumed is None else self.place.step
+        # Training last: where both loaders are one, its generators are those in use.
+        with seeded_samplers(eval_loader) as self.eval_samplers, seeded_samplers(train_loader) as samplers:
+            train = share_out(train_loader, self.accelerator)
+            evaluation = None if eval_loader is None else share_out(eval_loader, self.accelerator)
             for index in range(self.place.phase, len(self.phases)):
-                order = Order(train, samplers, train_loader, (self.seed, index))
-                self._phase(index, order, evaluation, saved, bar)
-                saved = None
+                self._phase(index, Order(train, samplers, train_loader, (self.settings.seed, index)), evaluation, bar)
         evaluations = [r for r in self.log.records if r["event"] == "eval"]
         finished = sum(r["event"] == "epoch" for r in self.log.records)
         best = min(evaluations, key=lambda r: r["loss"]) if evaluations else None
-        return FitResult(tuple(self.log.records), self.place.step, finished, best, self.resumed_from)
+        return FitResult(tuple(self.log.records), self.place.step, finished, best, resumed_from)
 
-    def _phase(self, index: int, order: Order, evaluation: Any, saved: dict[str, Any] | None, bar: Bar) -> None:
-        recipe, place = self.phases[index].recipe, self.place
-        with only_trained(self.net, recipe), equilibrium(self.net) if recipe.equilibrium else nullcontext():
-            trainee = _Trainee(self.net, recipe)
-            parameters = [p for p in trainee.parameters() if p.requires_grad]
-            if not parameters:
-                raise InvalidInput(f"{type(recipe).__name__} has nothing to train: every parameter it may change has requires_grad=False.")
-            made = self._optimizer(parameters)
-            model, optimizer = self.accelerator.prepare(trainee, made)
-            total = self._total_steps(index, order.loader)
-            self.cost = self._cost() if recipe.needs_cost else ()
-            scheduler = None if self.settings.scheduler is None else self._scheduler(made, total)
-            if saved is not None:
-                self._restore(saved, model, optimizer, scheduler)
-            bar.start(f"phase {index + 1}/{len(self.phases)}" if len(self.phases) > 1 else "fit", total, place.phase_step)
-            limit = self.max_steps[index]
-            while place.epoch < self.epochs[index] and (limit is None or place.phase_step < limit):
-                windows = self._windows(order.epoch(place.epoch, place.batch))
-                stopped = False  # by max_steps, inside the epoch
-                for window in windows:
-                    if (
-                        place.phase_step
-                        and self.settings.checkpoint_every
-                        and place.phase_step % self.settings.checkpoint_every == 0
-                        and not self._just_saved
-                    ):
-                        self._checkpoint(model, optimizer, scheduler)
-                    self._modes(recipe)
-                    record = self._step(window, model, optimizer, scheduler, recipe, total, parameters)
-                    bar.step(record)
-                    if limit is not None and place.phase_step >= limit:
-                        stopped = True
-                        break
-                self._end_epoch(model, recipe, evaluation, stopped)
-                self._checkpoint(model, optimizer, scheduler)
-            self._settle()
+    def _phase(self, index: int, order: Order, evaluation: Any, bar: Bar) -> None:
+        recipe = self.phases[index].recipe
+        with only_trained(self.net, recipe):
+            own = Trainee(self.net, recipe, self.still)
+            trainee = copied(own) if self.sharded else own
+            with equilibrium(trainee.net) if recipe.equilibrium else nullcontext():
+                work = self._prepare(index, own, trainee, order.loader)
+                bar.start(f"phase {index + 1}/{len(self.phases)}" if len(self.phases) > 1 else "fit", work.steps, self.place.phase_step)
+                try:
+                    self._epochs(index, work, order, evaluation, bar)
+                except NonFiniteLoss:  # raised in every process alike, and the weights from before that step are promised
+                    self._settle(work)
+                    raise
+                self._settle(work)
         if index + 1 < len(self.phases):
             if self.owned:
                 self.accelerator.free_memory()
-            self.place = _Place(index + 1, 0, 0, place.step, 0)
-            self._just_saved = False
+            self.place = Place(index + 1, 0, 0, self.place.step, 0)
 
-    def _step(
-        self,
-        window: list[Batch],
-        model: nn.Module,
-        optimizer: Any,
-        scheduler: Any,
-        recipe: Recipe,
-        total_steps: int | None,
-        parameters: list[nn.Parameter],
-    ) -> dict[str, Any]:
-        place, accelerator = self.place, self.accelerator
-        processes, exits = accelerator.num_processes, len(self.net.names)
-        rows = torch.tensor([float(b.rows) for b in window], device=accelerator.device)
-        everywhere = float(self._sum(rows.sum()))
-        done = 0.0 if not total_steps else min(1.0, place.phase_step / total_steps)
-        optimizer.zero_grad(set_to_none=True)
-        sums: Tensor | None = None
-        names: list[str] = []
-        used = [False] * exits
-        for position, raw in enumerate(window):
-            batch = raw.to(accelerator.device)
-            seed_all(self.seed, place.phase, place.epoch, place.batch + position, "forward", accelerator.process_index)
-            with nullcontext() if position + 1 == len(window) else accelerator.no_sync(model):
-                logits, extra = model(batch.args, batch.kwargs)
-                target = recipe.objective(Seen(logits, batch.labels, self.loss, place.phase_step, done, self.cost, extra))
-                if not target.total.requires_grad:
-                    raise InvalidInput(
-                        f"The loss of {type(recipe).__name__} does not depend on anything it may train. Give the early exits a weight > 0."
-                    )
-                # DDP averages the processes' gradients: this factor makes them the mean over all items of the step.
-                objective = target.total * (batch.rows * processes / everywhere)
-                if processes > 1:
-                    # DDP waits for a gradient of every parameter, also of heads that take no part in this step.
-                    objective = objective + sum(z.sum() * 0.0 for z, part in zip(logits, target.losses, strict=True) if part is None)
-                accelerator.backward(objective)
-            used = [u or part is not None for u, part in zip(used, target.losses, strict=True)]
-            names = ["loss", *self.net.names, *target.terms]
-            values = _values(target) * batch.rows
-            sums = values if sums is None else sums + values
-        forget_unused(self.net, used)
-        assert sums is not None  # a window is never empty
-        means = (self._sum(sums) / everywhere).tolist()
-        self._check_finite(dict(zip(names, means, strict=True)), used, optimizer)
-        norm = None
-        if self.settings.max_grad_norm is not None:
-            norm = self._clip(model, parameters, self.settings.max_grad_norm)
-            if not math.isfinite(norm) and accelerator.scaler is None:
-                optimizer.zero_grad(set_to_none=True)
-                raise NonFiniteLoss(
-                    f"The gradient's norm is {norm} at step {place.step}. Lower the learning rate.", step=place.step, exits=()
-                )
-        rates = [float(g["lr"]) for g in optimizer.param_groups]
-        optimizer.step()
-        if scheduler is not None and not accelerator.optimizer_step_was_skipped:
-            scheduler.step()
-        place.step += 1
-        place.phase_step += 1
-        place.batch += len(window)
-        self._just_saved = False
-        record: dict[str, Any] = {
-            "event": "step",
-            "step": place.step,
-            "phase": place.phase,
-            "epoch": place.epoch,
-            "rows": int(everywhere),
-            "loss": means[0],
-        }
-        record["losses"] = {n: m for n, m, u in zip(self.net.names, means[1:], used, strict=False) if u}
-        record["terms"] = dict(zip(names[1 + exits :], means[1 + exits :], strict=True))
-        record["lr"] = rates
-        if norm is not None:
-            record["grad_norm"] = norm if math.isfinite(norm) else None
-        self.log.add(record)
-        return record
+    def _prepare(self, index: int, own: Trainee, trainee: Trainee, loader: Any) -> Work:
+        made = make_optimizer(self.settings.optimizer, trainee)
+        model, optimizer = prepare(trainee, made, self.accelerator) if self.sharded else self.accelerator.prepare(trainee, made)
+        steps = self._total_steps(index, loader)
+        cost = self._cost() if trainee.recipe.needs_cost else ()
+        scheduler = None
+        if self.settings.scheduler is not None:
+            if steps is None:
+                raise InvalidInput("The loader has no length, so the scheduler cannot know how many steps there are. Pass max_steps.")
+            scheduler = self.settings.scheduler(made, steps)
+        self.checkpoints.restore(made, scheduler)
+        return Work(own, trainee, model, optimizer, scheduler, steps, cost)
 
-    def _end_epoch(self, model: nn.Module, recipe: Recipe, evaluation: Any, stopped: bool) -> None:
-        place = self.place
+    def _epochs(self, index: int, work: Work, order: Order, evaluation: Any, bar: Bar) -> None:
+        place, limit, every = self.place, self.max_steps[index], self.settings.checkpoint_every
+        while place.epoch < self.epochs[index] and (limit is None or place.phase_step < limit):
+            stopped = False  # by max_steps, inside the epoch
+            for window in self._windows(order.epoch(place.epoch, place.batch)):
+                if every and place.phase_step and place.phase_step % every == 0:
+                    self._checkpoint(work)
+                work.trainee.set_modes()
+                record = take_step(window, work, place, self.accelerator, self.settings)
+                place.advance(len(window))
+                self.log.add(record)
+                bar.step(record)
+                if limit is not None and place.phase_step >= limit:
+                    stopped = True
+                    break
+            self._end_epoch(work, evaluation, stopped)
+            self._checkpoint(work)
+
+    def _end_epoch(self, work: Work, evaluation: Any, stopped: bool) -> None:
+        place, records = self.place, self.log.records
         if evaluation is not None:
-            record = {"event": "eval", "step": place.step, "phase": place.phase, "epoch": place.epoch, **self._evaluate(model, evaluation)}
-            earlier = [r["loss"] for r in self.log.records if r["event"] == "eval"]
-            self.log.add(record)
-            if (
-                self.folder is not None
-                and self.accelerator.is_main_process
-                and not self.sharded
-                and record["loss"] <= min(earlier, default=math.inf)
-            ):
-                save_bundle(self.folder / "best", "weights", "weights", {"step": place.step, "loss": record["loss"]}, self.net.state_dict())
+            if self.sharded:
+                agree(work.trainee, self.accelerator)
+            key = (self.settings.seed, place.phase, place.epoch, "eval")
+            seed_order(self.eval_samplers, *key)
+            seed_all(*key)
+            batches = map(self._batch, evaluation)
+            found = evaluate(work.model, batches, self.settings.loss, self.net.names, self.accelerator, place.step)
+            earlier = [r["loss"] for r in records if r["event"] == "eval"]
+            self.log.add({"event": "eval", "step": place.step, "phase": place.phase, "epoch": place.epoch, **found})
+            if self.settings.folder is not None and found["loss"] <= min(earlier, default=math.inf):
+                self._bring_back(work)
+                if self.accelerator.is_main_process:
+                    content = {"step": place.step, "loss": found["loss"]}
+                    save_bundle(self.settings.folder / "best", "weights", "weights", content, self.net.state_dict())
         if stopped:
             return  # a later call with a larger max_steps goes on in the middle of this epoch
-        steps = [r for r in self.log.records if r["event"] == "step" and r["phase"] == place.phase and r["epoch"] == place.epoch]
+        steps = [r for r in records if r["event"] == "step" and r["phase"] == place.phase and r["epoch"] == place.epoch]
         rows = sum(r["rows"] for r in steps)
         mean = sum(r["loss"] * r["rows"] for r in steps) / rows
         self.log.add({"event": "epoch", "step": place.step, "phase": place.phase, "epoch": place.epoch, "rows": rows, "loss": mean})
         place.epoch, place.batch = place.epoch + 1, 0
-        self._just_saved = False
 
-    @torch.no_grad()
-    def _evaluate(self, model: nn.Module, loader: Any) -> dict[str, Any]:
-        """Mean loss, and accuracy for class labels, of every exit."""
-        modes = {m: m.training for m in model.modules()}
-        model.eval()
-        sums: Tensor | None = None
-        count, classes = 0, True
-        for raw in loader:
-            batch = self._batch(raw).to(self.accelerator.device)
-            if batch.labels is None:
-                raise InvalidInput("The evaluation loader yields no labels. Yield (inputs, labels), or leave eval_loader out.")
-            logits, _ = model(batch.args, batch.kwargs)
-            classes = classes and not batch.labels.is_floating_point() and logits[-1].ndim == 2
-            losses = torch.stack([per_item(self.loss, z, batch.labels) for z in logits], 1)
-            right = torch.stack([z.argmax(-1) == batch.labels for z in logits], 1) if classes else torch.zeros_like(losses)
-            both = torch.cat([losses.double(), right.double()], 1)
-            both = self.accelerator.gather_for_metrics(both) if self.accelerator.num_processes > 1 else both
-            count += both.shape[0]
-            sums = both.sum(0) if sums is None else sums + both.sum(0)
-        for module, flag in modes.items():
-            module.training = flag
-        if sums is None:
-            raise InvalidInput("The evaluation loader yields no batch.")
-        means = (sums / count).tolist()
-        exits = len(self.net.names)
-        if bad := tuple(n for n, v in zip(self.net.names, means, strict=False) if not math.isfinite(v)):
-            raise NonFiniteLoss(
-                f"The evaluation loss of {', '.join(bad)} is not finite after step {self.place.step}.", step=self.place.step, exits=bad
-            )
-        record: dict[str, Any] = {
-            "loss": sum(means[:exits]) / exits,
-            "losses": dict(zip(self.net.names, means, strict=False)),
-            "rows": count,
-        }
-        if classes:
-            record["accuracy"] = dict(zip(self.net.names, means[exits:], strict=True))
-        return record
+    def _checkpoint(self, work: Work) -> None:
+        if self.checkpoints.due(self.place):
+            self._bring_back(work)
+            self.checkpoints.save(self.place, work.optimizer.optimizer, work.scheduler)
 
-    # ---- batches --------------------------------------------------------------------------------------------------------
+    def _bring_back(self, work: Work) -> None:
+        """The weights of a sharded copy into the caller's network and rule."""
+        if self.sharded:
+            gather(work.trainee, work.own, self.accelerator)
 
-    def _distribute(self, loader: Any) -> Any:
-        """Each process's share of a loader. One process iterates the loader as it is."""
-        if self.accelerator.num_processes == 1:
-            return loader
-        if not isinstance(loader, torch.utils.data.DataLoader):
-            raise InvalidInput(
-                f"In {self.accelerator.num_processes} processes a loader must be a torch DataLoader, so that it can be shared out; "
-                f"got {type(loader).__name__}."
-            )
-        return self.accelerator.prepare_data_loader(loader, device_placement=False)
+    def _settle(self, work: Work) -> None:
+        """The caller's network as it was trained, the same in every process."""
+        self._bring_back(work)
+        if self.accelerator.num_processes > 1 and not self.sharded:  # DDP copies buffers before a forward, not after the last one
+            agree(self.net, self.accelerator)
+
+    # ---- batches, steps, gradients --------------------------------------------------------------------------------------
 
     def _batch(self, raw: Any) -> Batch:
-        batch = unpack_batch(raw)
-        check = getattr(self.loss, "check", None)
-        if batch.labels is not None and check is not None:
-            check(batch.labels, self.net.num_outputs)
-        return batch
+        return checked_batch(raw, self.settings.loss, self.net.num_outputs)
 
-    def _windows(self, batches: Iterator[Any]) -> Any:
+    def _windows(self, batches: Iterator[Any]) -> Iterator[list[Batch]]:
         """The batches of each optimizer step; fewer at the end of an epoch."""
         while window := [self._batch(raw) for raw in islice(batches, self.settings.gradient_accumulation_steps)]:
             yield window
@@ -428,202 +305,10 @@ class _Run:
         return steps if limit is None else min(steps, limit)
 
     def _cost(self) -> tuple[float, ...]:
-        """Share of the whole cost spent when leaving at each exit. Counting runs the cut, in eval mode."""
-        modes = {m: m.training for m in self.net.modules()}
-        self.net.eval()
-        try:
+        """Share of the whole cost spent when leaving at each exit. Counting runs the cut."""
+        with evaluating(self.net):
             spent = self.net.costs()[0]
-        finally:
-            for module, flag in modes.items():
-                module.training = flag
         return tuple(float(c / spent[-1]) for c in spent)
 
-    def _sum(self, value: Tensor) -> Tensor:
-        if self.accelerator.num_processes == 1:
-            return value
-        reduced: Tensor = self.accelerator.reduce(value, reduction="sum")
-        return reduced
 
-    # ---- what is trained ------------------------------------------------------------------------------------------------
-
-    def _optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-        if self.settings.optimizer is not None:
-            made = self.settings.optimizer(parameters)
-            if not isinstance(made, torch.optim.Optimizer):
-                raise InvalidInput(
-                    f"optimizer must be a function of the parameters that returns a torch optimizer; it returned {type(made).__name__}."
-                )
-            return made
-        inside = {id(p) for p in self.net.model.parameters()}
-        groups = [([p for p in parameters if id(p) in inside], MODEL_LR), ([p for p in parameters if id(p) not in inside], ADDED_LR)]
-        return torch.optim.AdamW([{"params": g, "lr": lr} for g, lr in groups if g])
-
-    def _scheduler(self, optimizer: torch.optim.Optimizer, total: int | None) -> Any:
-        if total is None:
-            raise InvalidInput("The loader has no length, so the scheduler cannot know how many steps there are. Pass max_steps.")
-        assert self.settings.scheduler is not None
-        return self.settings.scheduler(optimizer, total)
-
-    def _modes(self, recipe: Recipe) -> None:
-        self.net.train(recipe.trains_heads)
-        self.net.model.train(recipe.trains_model)
-        if recipe.module is not None:
-            recipe.module.train()
-        for module in self.keep_eval:
-            module.eval()
-
-    def _clip(self, model: nn.Module, parameters: list[nn.Parameter], limit: float) -> float:
-        """Clip the gradient and return its norm before."""
-        if not self.sharded:
-            return float(self.accelerator.clip_grad_norm_(parameters, limit))
-        # Sharding replaced the parameters, and accelerate finds its own only by comparing tensors.
-        self.accelerator.unscale_gradients()
-        own = getattr(model, "clip_grad_norm_", None)  # FSDP 1
-        norm = own(limit) if own is not None else torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
-        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-
-    def _check_finite(self, means: Mapping[str, float], used: list[bool], optimizer: Any) -> None:
-        bad = tuple(n for n, u in zip(self.net.names, used, strict=True) if u and not math.isfinite(means[n]))
-        if not bad and all(math.isfinite(v) for v in means.values()):
-            return
-        optimizer.zero_grad(set_to_none=True)
-        place = self.place
-        who = f"of exit {', '.join(bad)}" if bad else f"term {', '.join(n for n, v in means.items() if not math.isfinite(v))}"
-        raise NonFiniteLoss(
-            f"The loss {who} is not finite at step {place.step} (phase {place.phase}, epoch {place.epoch}, batch {place.batch}). "
-            "No step was taken with it. Look for NaN in the inputs, lower the learning rate, clip with max_grad_norm, "
-            "or use bf16 instead of fp16.",
-            step=place.step,
-            exits=bad,
-        )
-
-    def _settle(self) -> None:
-        """Equal buffers in every process: DDP copies them before a forward, not after the last one."""
-        if self.accelerator.num_processes > 1 and not self.sharded:
-            from accelerate.utils import broadcast
-
-            for buffer in self.net.buffers():
-                buffer.copy_(broadcast(buffer.clone()))
-
-    # ---- checkpoints ----------------------------------------------------------------------------------------------------
-
-    resumed_from: int | None = None
-    cost: tuple[float, ...] = ()
-    _just_saved = False
-
-    def _begin(self, resume: bool) -> dict[str, Any] | None:
-        if self.folder is None:
-            return None
-        self.config = json.dumps(
-            {
-                "recipe": part_to_dict(self.recipe),
-                "exits": self.net.names,
-                "seed": self.seed,
-                "gradient_accumulation_steps": self.settings.gradient_accumulation_steps,
-                "processes": self.accelerator.num_processes,
-                "epochs of earlier phases": self.epochs[:-1],
-            },
-            sort_keys=True,
-        )
-        root = self.folder / "checkpoints"
-        saved = None
-        if resume:
-            saved = newest_checkpoint(root)
-        self.accelerator.wait_for_everyone()
-        if not resume and self.accelerator.is_main_process:
-            clear_checkpoints(root)
-        if saved is not None:
-            self._check_same_run(saved)
-            self.place = _Place(**saved["place"])
-            self.resumed_from = self.place.step
-            self._just_saved = True
-            for phase, weights in zip(self.phases, saved["modules"], strict=True):
-                if phase.recipe.module is not None:
-                    load_into(phase.recipe.module, weights, "The checkpoint's rule")
-            if not self.sharded:
-                load_into(self.net, saved["net"], "The checkpoint")
-        self.log.start(saved["lines"] if saved is not None else 0)
-        self.accelerator.wait_for_everyone()
-        return saved
-
-    def _check_same_run(self, saved: Mapping[str, Any]) -> None:
-        before, now = json.loads(saved["config"]), json.loads(self.config)
-        differ = [f"{k} was {before.get(k)!r} and is {now[k]!r}" for k in now if before.get(k) != now[k]]
-        if differ:
-            raise InvalidInput(
-                f"{self.folder} holds another run: {'; '.join(differ)}. Use another output_dir, or resume=False to start afresh there."
-            )
-
-    def _checkpoint(self, model: nn.Module, optimizer: Any, scheduler: Any) -> None:
-        if self.folder is None:
-            return
-        accelerator = self.accelerator
-        if self.sharded:
-            from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
-
-            weights, moments = get_state_dict(model, optimizer.optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-        else:
-            weights, moments = self.net.state_dict(), optimizer.optimizer.state_dict()
-        if accelerator.is_main_process:
-            state = {
-                "config": self.config,
-                "place": dict(vars(self.place)),
-                "lines": len(self.log.records),
-                "net": weights,
-                "modules": [None if p.recipe.module is None else p.recipe.module.state_dict() for p in self.phases],
-                "optimizer": moments,
-                "scheduler": None if scheduler is None else scheduler.state_dict(),
-                "scaler": None if accelerator.scaler is None else accelerator.scaler.state_dict(),
-            }
-            self.log.flush()
-            save_checkpoint(self.folder / "checkpoints", self.place.step, state, self.settings.keep_checkpoints)
-        accelerator.wait_for_everyone()
-        self._just_saved = True
-
-    def _restore(self, saved: Mapping[str, Any], model: nn.Module, optimizer: Any, scheduler: Any) -> None:
-        try:
-            if self.sharded:
-                from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
-
-                set_state_dict(
-                    model,
-                    optimizer.optimizer,
-                    model_state_dict=saved["net"],
-                    optim_state_dict=saved["optimizer"],
-                    options=StateDictOptions(full_state_dict=True),
-                )
-            else:
-                optimizer.optimizer.load_state_dict(saved["optimizer"])
-            if (scheduler is None) != (saved["scheduler"] is None):
-                raise ValueError("a scheduler is given on one side only")
-            if scheduler is not None:
-                scheduler.load_state_dict(saved["scheduler"])
-        except (ValueError, KeyError) as error:
-            raise InvalidInput(
-                f"The optimizer or scheduler of the checkpoint in {self.folder} does not fit the one given now: {error}. "
-                "Give the same ones, use another output_dir, or resume=False."
-            ) from error
-        if self.accelerator.scaler is not None and saved["scaler"] is not None:
-            self.accelerator.scaler.load_state_dict(saved["scaler"])
-
-
-def load_best(net: MultiExit, output_dir: str | os.PathLike[str]) -> int:
-    """Load the weights that evaluated best in a run of `fit` with ``eval_loader`` and ``output_dir``.
-
-    Returns:
-        The step they are from.
-
-    Raises:
-        ArtifactError: there are none, or the file is truncated or altered.
-        InvalidInput: they are of another network.
-    """
-    content, tensors = load_bundle(Path(output_dir) / "best", "weights", "weights")
-    load_into(net, tensors, f"The weights in {output_dir}")
-    return int(content["step"])
-
-
-def _values(target: Objective) -> Tensor:
-    """Total, losses of the exits (0 where unused) and terms, as one tensor: one host read a step."""
-    zero = target.total.detach() * 0
-    parts = [target.total, *(zero if part is None else part for part in target.losses), *target.terms.values()]
-    return torch.stack([p.detach().float().reshape(()) for p in parts])
+__all__ = ["FitResult", "fit", "load_best"]

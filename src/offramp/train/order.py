@@ -10,12 +10,38 @@ import hashlib
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
 from offramp.core.errors import InvalidInput
+
+
+@dataclass
+class Place:
+    """Where training is. With the seed it fixes all randomness to come.
+
+    Attributes:
+        phase: of the recipe.
+        epoch: of the phase.
+        batch: of the epoch, in this process.
+        step: optimizer steps taken.
+        phase_step: those of this phase.
+    """
+
+    phase: int = 0
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    phase_step: int = 0
+
+    def advance(self, batches: int) -> None:
+        """One optimizer step on so many batches was taken."""
+        self.step += 1
+        self.phase_step += 1
+        self.batch += batches
 
 
 def derive(*key: int | str) -> int:
@@ -85,6 +111,12 @@ def seeded_samplers(loader: Any) -> Iterator[list[torch.Generator]]:
             owner.generator = generator
 
 
+def seed_order(samplers: list[torch.Generator], *key: int | str) -> None:
+    """Fix the order that the next iteration of a loader has."""
+    for index, generator in enumerate(samplers):
+        generator.manual_seed(derive(*key, "order", index))
+
+
 class Order:
     """Iterates a loader epoch after epoch in an order that (seed, phase, epoch) fixes.
 
@@ -111,8 +143,7 @@ class Order:
     def epoch(self, epoch: int, skip: int) -> Iterator[Any]:
         """Batches of one epoch from number ``skip`` on."""
         # The order of an epoch is shared by all processes, so the rank is not in this key.
-        for index, generator in enumerate(self._samplers):
-            generator.manual_seed(derive(*self._key, epoch, "order", index))
+        seed_order(self._samplers, *self._key, epoch)
         for owner in (self.loader, *_samplers(self._original)):
             if callable(getattr(owner, "set_epoch", None)):
                 owner.set_epoch(epoch)

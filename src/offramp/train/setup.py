@@ -1,4 +1,4 @@
-"""What surrounds the loop: settings, accelerate, flags given back, the progress bar."""
+"""What surrounds the loop: settings, accelerate, loaders and batches, the progress bar."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from offramp.core.batches import Batch, unpack_batch
 from offramp.core.errors import InvalidInput, MissingExtra
 from offramp.network import MultiExit
 from offramp.train.losses import ItemLoss
@@ -88,51 +89,29 @@ def own_accelerator(mixed_precision: str | None) -> Iterator[Accelerator]:
             AcceleratorState._reset_state()
 
 
-@contextmanager
-def modes_restored(net: MultiExit, recipe: Recipe) -> Iterator[None]:
-    """Give every module its training flag back."""
-    extras = [p.recipe.module for p in recipe.phases() if p.recipe.module is not None]
-    flags = {m: m.training for root in (net, *extras) for m in root.modules()}
-    try:
-        yield
-    finally:
-        for module, flag in flags.items():
-            module.training = flag
+def share_out(loader: Any, accelerator: Accelerator) -> Any:
+    """Each process's share of a loader. One process iterates the loader as it is.
+
+    Raises:
+        InvalidInput: there are several processes, and it is no ``DataLoader``.
+    """
+    if accelerator.num_processes == 1:
+        return loader
+    if not isinstance(loader, torch.utils.data.DataLoader):
+        raise InvalidInput(
+            f"In {accelerator.num_processes} processes a loader must be a torch DataLoader, so that it can be shared out; "
+            f"got {type(loader).__name__}."
+        )
+    return accelerator.prepare_data_loader(loader, device_placement=False)
 
 
-@contextmanager
-def only_trained(net: MultiExit, recipe: Recipe) -> Iterator[None]:
-    """Within, only what the recipe trains requires gradients; parameters the user froze stay frozen."""
-    inside = list(net.model.parameters())
-    shared = {id(p) for p in inside}
-    added = [p for p in net.heads.parameters() if id(p) not in shared]
-    off = [*([] if recipe.trains_model else inside), *([] if recipe.trains_heads else added)]
-    flags = [(p, p.requires_grad) for p in off]
-    for p in off:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p, flag in flags:
-            p.requires_grad_(flag)
-
-
-def own_frozen(module: nn.Module) -> bool:
-    """Whether a module has parameters of its own and all are frozen."""
-    own = list(module.parameters(recurse=False))
-    return bool(own) and not any(p.requires_grad for p in own)
-
-
-def forget_unused(net: MultiExit, used: list[bool]) -> None:
-    """Drop the zero gradients of heads that took no part, so that weight decay and momentum leave them alone."""
-    if any(getattr(head, "needs_previous", False) for head in net.heads):
-        return
-    shared = {id(p) for p in net.model.parameters()}
-    kept = {id(p) for head, u in zip(net.heads, used, strict=False) if u for p in head.parameters()}
-    for head, u in zip(net.heads, used, strict=False):
-        for p in () if u else head.parameters():
-            if id(p) not in shared | kept:
-                p.grad = None
+def checked_batch(raw: Any, loss: ItemLoss, width: int) -> Batch:
+    """What a loader yields as a batch, its labels checked by the loss where that has a ``check``."""
+    batch = unpack_batch(raw)
+    check = getattr(loss, "check", None)
+    if batch.labels is not None and check is not None:
+        check(batch.labels, width)
+    return batch
 
 
 class Bar:

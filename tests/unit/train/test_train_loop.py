@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import itertools
-import os
-import socket
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
-from train_worker import distributed
 
-from offramp.core.bundle import load_bundle
 from offramp.core.errors import InvalidInput, MissingExtra
 from offramp.network import attach
 from offramp.train import Alternating, CrossEntropy, FinalOnly, Frozen, Joint, MeanSquared, NonFiniteLoss, Recipe, fit
-
-WORKER = Path(__file__).with_name("train_worker.py")
 
 
 def sgd(parameters):
@@ -256,37 +248,3 @@ def test_progress_bar(make, data, capsys):
 def test_recipe_is_abstract():
     with pytest.raises(TypeError):
         Recipe()
-
-
-def test_two_processes_equal_one_with_the_same_global_batch(tmp_path):
-    """DDP on gloo: both ranks end equal, and equal to one process with twice the batch."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    common = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "ACCELERATE_USE_CPU": "true",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-    }
-    processes = []
-    for rank in ("0", "1"):
-        environment = {**common, "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}
-        arguments = [sys.executable, str(WORKER), "distributed", str(tmp_path / "two"), rank, "4"]
-        processes.append(subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
-    for kind in ("alternating", "frozen"):
-        distributed(str(tmp_path / "one"), 0, 8, kind)
-    for process in processes:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors
-    for kind in ("alternating", "frozen"):
-        (c0, w0), (c1, w1) = (load_bundle(tmp_path / "two" / kind, f"rank{r}", "weights") for r in range(2))
-        single, expected = load_bundle(tmp_path / "one" / kind, "rank0", "weights")
-        assert all(torch.equal(w0[k], w1[k]) for k in w0)
-        assert c0 == c1
-        for name, value in expected.items():
-            torch.testing.assert_close(w0[name], value, rtol=1e-4, atol=1e-6, msg=name)
-        for a, b in zip(c0["history"], single["history"], strict=True):
-            assert a["loss"] == pytest.approx(b["loss"], rel=1e-4) and a["rows"] == b["rows"], (a, b)
