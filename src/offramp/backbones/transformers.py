@@ -385,3 +385,16 @@ def example_inputs(model: nn.Module, rows: int = 2, length: int = 16) -> dict[st
     if name == "input_values":
         return {"input_values": torch.randn(rows, 16000)}
     raise InvalidInput(f"{type(model).__name__} takes {name!r}, whose shape its configuration does not tell; pass an example instead.")
+
+
+def register_attention(name: str, function: Callable[..., Any]) -> None:
+    """Make an attention function known to transformers under a name. No model uses it unless its configuration says so.
+
+    Raises:
+        MissingExtra: transformers is not installed.
+    """
+    try:
+        from transformers import AttentionInterface
+    except ImportError as error:
+        raise MissingExtra("transformers", "hf", "Decoding a language model") from error
+    AttentionInterface.register(name, function)

@@ -64,6 +64,10 @@ class NotCuttable(OfframpError):
         self.suggestions = tuple(suggestions)
 
 
+class UnsupportedModel(OfframpError):
+    """A language model that cannot be decoded block by block: the message says what it lacks."""
+
+
 class BudgetInfeasible(OfframpError):
     """No setting meets the target.
 

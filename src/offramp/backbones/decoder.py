@@ -1,0 +1,314 @@
+"""Autoregressive decoders as resumable execution: a causal language model, block by block, over a cache of our own.
+
+The model's own modules run. Each block is seen through a copy that shares every parameter but whose attention reads the configuration
+of a copy, in which the attention function is ours: the user's model, its configuration and its forward stay as they are.
+
+What is needed of a model is small and read from its structure: token embeddings, a list of blocks, a final norm, an output layer,
+positions by rotation or by a learned table. Whether that was all is not believed but tried: the decoder's logits are compared with the
+model's own before it is used, and a model that does something else besides is refused with the difference.
+
+Shapes: ``B`` rows, ``Q`` tokens of a row in one call, ``W`` width of the states, ``V`` vocabulary, ``L`` slots that may be read.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from offramp.backbones.kv import KVCache, Writer
+from offramp.core.errors import UnsupportedModel
+from offramp.core.modes import evaluating
+
+ATTENTION = "offramp_cached"
+"""Name of our attention function among those of transformers."""
+
+_TRUNKS = ("model.decoder", "model", "transformer", "gpt_neox")
+_BLOCKS = ("layers", "h")
+_ATTENTIONS = ("self_attn", "attn", "attention")
+_NORMS = ("norm", "ln_f", "final_layer_norm")
+
+
+@dataclass
+class Step:
+    """One call of blocks: where its tokens stand and what they may see.
+
+    Attributes:
+        cache: keys and values.
+        positions: int64 ``[B, Q]``, 0-based.
+        slots: int64 ``[B, Q]`` where keys and values are put: the positions, or ``cache.nowhere`` for tokens that do not count.
+        length: slots that are read, more than any position.
+        rotary: what the blocks are given to rotate by, computed once, by kind of block (`None` where there is one kind).
+        masks: ``[B, 1, Q, length]`` bool by window, computed once.
+    """
+
+    cache: KVCache
+    positions: Tensor
+    slots: Tensor
+    length: int
+    rotary: dict[str | None, Any] = field(default_factory=dict)
+    masks: dict[int | None, Tensor] = field(default_factory=dict)
+
+    def mask(self, window: int | None) -> Tensor:
+        """Which slots each token sees: those up to its own position, the last ``window`` of them if it has one."""
+        if window not in self.masks:
+            slot = torch.arange(self.length, device=self.positions.device)
+            seen = slot <= self.positions[..., None]
+            if window is not None:
+                seen &= slot > self.positions[..., None] - window
+            self.masks[window] = seen[:, None]
+        return self.masks[window]
+
+
+def cached_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attention of ``[B, H, Q, D]`` queries over ``[B, G, L, D]`` keys, ``G`` dividing ``H``. Returns ``[B, Q, H, D]``.
+
+    Args:
+        module: the attention module that asks; not read.
+        query: queries.
+        key: keys.
+        value: values.
+        attention_mask: bool ``[B, 1, Q, L]``.
+        scaling: of the products; ``1 / sqrt(D)`` by default.
+        softcap: bounds the scaled products by ``softcap * tanh(. / softcap)``, as Gemma 2 does.
+    """
+    if softcap is None:
+        grouped = query.shape[1] != key.shape[1]
+        out = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling, enable_gqa=grouped)
+        return out.transpose(1, 2).contiguous(), None
+    repeat = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(repeat, dim=1), value.repeat_interleave(repeat, dim=1)
+    scores = query @ key.transpose(2, 3) * (scaling if scaling is not None else query.shape[-1] ** -0.5)
+    scores = softcap * torch.tanh(scores / softcap)
+    if attention_mask is not None:
+        scores = scores.masked_fill(~attention_mask, float("-inf"))
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    return (weights @ value).transpose(1, 2).contiguous(), None
+
+
+def _seen_through(module: nn.Module, **replaced: Any) -> Any:
+    """A copy of a module that shares its parameters and children, but for those replaced."""
+    view = copy.copy(module)
+    view.__dict__["_modules"] = dict(module._modules)
+    for name, value in replaced.items():
+        setattr(view, name, value)
+    return view
+
+
+def _first(module: nn.Module, names: tuple[str, ...]) -> tuple[str, nn.Module] | None:
+    """The first of some submodule paths that exists."""
+    for name in names:
+        found: Any = module
+        for part in name.split("."):
+            found = getattr(found, part, None)
+        if isinstance(found, nn.Module):
+            return name, found
+    return None
+
+
+class Decoder:
+    """A causal language model, block by block. Made by `decoder`.
+
+    Attributes:
+        model: the user's model, untouched.
+        blocks: its blocks, seen through copies.
+        windows: how far back each block sees; ``None`` = to the start.
+        vocabulary: size of the output.
+        max_positions: longest sequence, or ``None`` where positions are not bounded by a table.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model: Any = model
+        name = type(model).__name__
+        config = getattr(model, "config", None)
+        if config is None or not hasattr(model, "get_output_embeddings"):
+            raise UnsupportedModel(
+                f"{name} is not a causal language model of transformers: it has no `config` or no `get_output_embeddings`. "
+                "Give an AutoModelForCausalLM, or use offramp.attach with an example for other models."
+            )
+        trunk = _first(model, _TRUNKS)
+        blocks = _first(trunk[1], _BLOCKS) if trunk else None
+        head = model.get_output_embeddings()
+        missing = [
+            what
+            for what, found in (
+                (f"a trunk ({', '.join(_TRUNKS)})", trunk),
+                (f"a list of blocks in it ({', '.join(_BLOCKS)})", blocks),
+                ("an output layer (get_output_embeddings)", head),
+            )
+            if found is None
+        ]
+        if missing or trunk is None or blocks is None or not isinstance(blocks[1], nn.ModuleList) or not len(blocks[1]):
+            raise UnsupportedModel(f"{name} cannot be decoded block by block: it lacks {' and '.join(missing) or 'a list of blocks'}.")
+        self.trunk: Any = trunk[1]
+        self._head: Any = head
+        self._embed_tokens = model.get_input_embeddings()
+        self._rotary: Any = getattr(self.trunk, "rotary_emb", None)
+        kinds = self._rotary is not None and "layer_type" in inspect.signature(self._rotary.forward).parameters
+        self._kinds: list[str | None] = list(config.layer_types) if kinds else [None] * config.num_hidden_layers
+        self._table: Any = getattr(self.trunk, "wpe", None) or getattr(self.trunk, "embed_positions", None)
+        norm = _first(self.trunk, _NORMS)
+        self._norm = norm[1] if norm else nn.Identity()  # OPT-350m has none
+        if self._rotary is None and self._table is None:
+            raise UnsupportedModel(
+                f"{name} has neither rotary positions (`rotary_emb`) nor a table of positions (`wpe`, `embed_positions`) in its trunk; "
+                "other kinds of positions are not known here."
+            )
+        self.vocabulary = int(config.vocab_size)
+        self.max_positions: int | None = getattr(config, "max_position_embeddings", None) if self._table is not None else None
+        self.blocks: list[Any] = []
+        self.windows: list[int | None] = []
+        self._keyword = ""
+        ours = copy.copy(config)
+        ours._attn_implementation_internal = ATTENTION
+        for block in blocks[1]:
+            attention = _first(block, _ATTENTIONS)
+            if attention is None or not hasattr(attention[1], "config") or getattr(attention[1], "layer_idx", None) is None:
+                raise UnsupportedModel(
+                    f"Block {len(self.blocks)} of {name} has no attention among {', '.join(_ATTENTIONS)} that reads `config` and knows its "
+                    "`layer_idx`, so that its cache cannot be ours."
+                )
+            self.blocks.append(_seen_through(block, **{attention[0]: _seen_through(attention[1], config=ours)}))
+            self.windows.append(_window(attention[1], config))
+            self._keyword = "layer_past" if attention[0] == "attention" else "past_key_values"
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.model.parameters()).dtype
+
+    def cache(self, rows: int, slots: int) -> KVCache:
+        """An empty cache for this model."""
+        return KVCache(len(self), rows, slots)
+
+    def embed(self, tokens: Tensor, step: Step) -> Tensor:
+        """States ``[B, Q, W]`` before the first block, of tokens (int64 ``[B, Q]``)."""
+        hidden: Tensor = self._embed_tokens(tokens)
+        if self._table is not None:
+            if hasattr(self._table, "offset"):  # OPT: the table is asked with a mask and knows its own offset
+                places = self._table(torch.ones_like(tokens), position_ids=step.positions)
+            else:
+                places = self._table(step.positions)
+            if getattr(self.trunk, "project_in", None) is not None:
+                hidden = self.trunk.project_in(hidden)
+            hidden = hidden + places.to(hidden.dtype)
+        return hidden
+
+    def run(self, hidden: Tensor, start: int, stop: int, step: Step) -> Tensor:
+        """States ``[B, Q, W]`` after blocks ``start`` to ``stop - 1``; their keys and values are in the cache afterwards."""
+        writer = Writer(step.cache, step.slots, step.length)
+        for k in range(start, stop):
+            given: dict[str, Any] = {self._keyword: writer}
+            if self._rotary is not None:
+                given["position_embeddings"] = self._rotation(hidden, step, self._kinds[k])
+            hidden = self.blocks[k](hidden, attention_mask=step.mask(self.windows[k]), position_ids=step.positions, **given)
+        return hidden
+
+    def _rotation(self, hidden: Tensor, step: Step, kind: str | None) -> Any:
+        if kind not in step.rotary:
+            extra = {} if kind is None else {"layer_type": kind}
+            step.rotary[kind] = self._rotary(hidden, position_ids=step.positions, **extra)
+        return step.rotary[kind]
+
+    def norm(self, hidden: Tensor) -> Tensor:
+        """The model's final norm, and the projection some models have after it."""
+        hidden = self._norm(hidden)
+        after = getattr(self.trunk, "project_out", None)
+        return after(hidden) if after is not None else hidden
+
+    def head(self, normed: Tensor) -> Tensor:
+        """Logits ``[..., V]`` of normed states."""
+        logits: Tensor = self._head(normed)
+        cap = getattr(self.model.config, "final_logit_softcapping", None)
+        return cap * torch.tanh(logits / cap) if cap else logits
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits ``[..., V]`` of the states after the last block."""
+        return self.head(self.norm(hidden))
+
+    @property
+    def norm_module(self) -> nn.Module:
+        """The final norm."""
+        return self._norm
+
+    @property
+    def output(self) -> nn.Module:
+        """The output layer, a row for each token."""
+        found: nn.Module = self._head
+        return found
+
+    @property
+    def width(self) -> int:
+        """Width of the states."""
+        return int(self.model.config.hidden_size)
+
+    def step(self, cache: KVCache, positions: Tensor, counted: Tensor | None = None, length: int | None = None) -> Step:
+        """A call at positions (int64 ``[B, Q]``).
+
+        Args:
+            cache: keys and values.
+            positions: of the tokens; those that do not count may have any.
+            counted: bool ``[B, Q]``, which tokens count; the others leave no trace. All by default.
+            length: slots to read; all by default.
+        """
+        slots = positions if counted is None else torch.where(counted, positions, cache.nowhere)
+        return Step(cache, positions.clamp(max=cache.slots - 1), slots, length if length is not None else cache.slots)
+
+
+def _window(attention: nn.Module, config: Any) -> int | None:
+    if hasattr(attention, "sliding_window"):
+        return attention.sliding_window  # type: ignore[return-value]
+    return None if getattr(config, "layer_types", None) is not None else getattr(config, "sliding_window", None)
+
+
+def decoder(model: nn.Module, tolerance: float = 1e-3) -> Decoder:
+    """See a causal language model as a decoder, and check that nothing was missed.
+
+    Args:
+        model: of transformers' AutoModelForCausalLM, on any device.
+        tolerance: largest difference allowed between its logits and ours on a short text, relative to the spread of the logits;
+            128 times as much below float32.
+
+    Raises:
+        UnsupportedModel: something is missing, or the logits differ; the message says what or how far.
+    """
+    from offramp.backbones.transformers import register_attention
+
+    register_attention(ATTENTION, cached_attention)
+    made = Decoder(model)
+    tokens = torch.arange(2 * 7, device=made.device).reshape(2, 7) % made.vocabulary
+    with torch.no_grad(), evaluating(model):
+        expected = model(tokens, use_cache=False).logits.float()
+        cache = made.cache(2, 7)
+        found = []
+        for first, last in ((0, 5), (5, 6), (6, 7)):  # a prompt, then token by token, as it will be used
+            step = made.step(cache, torch.arange(first, last, device=made.device).expand(2, -1))
+            hidden = made.run(made.embed(tokens[:, first:last], step), 0, len(made), step)
+            found.append(made.logits(hidden))
+    difference = float((torch.cat(found, dim=1).float() - expected).abs().max() / expected.std().clamp(min=1e-6))
+    allowed = tolerance if made.dtype in (torch.float32, torch.float64) else 128 * tolerance
+    if not difference <= allowed:
+        raise UnsupportedModel(
+            f"{type(model).__name__} does more than its blocks, norm and output layer: run block by block, its logits differ by "
+            f"{difference:.3g} of their spread (at most {allowed:.3g} is rounding). It cannot be decoded here; its own `generate` can."
+        )
+    return made

@@ -1,0 +1,183 @@
+"""What every way of decoding shares: the rows of a batch, each at its own position, and passes over parts of the model.
+
+A row holds ``length`` tokens, the newest of which no block has seen. Blocks before the exit have seen all others; blocks behind it may lag
+by the row's *pending* tokens, whose states at the exit are kept until one pass brings them up. That pass yields the model's own logits for
+each of them: to verify drafts, to learn how often an accepted token was the model's own, or just to fill the cache.
+
+Shapes: ``B`` rows, ``Q`` tokens of a row in one pass, ``M`` most pending tokens, ``W`` width of the states, ``V`` vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from offramp.core.errors import InvalidInput
+from offramp.engines.sampling import Noise, Sampling, draw
+from offramp.language import LanguageModel
+
+READ = 64
+"""Slots are read in multiples of this many, so that attention does not run over the unused part of a cache."""
+
+
+@dataclass
+class Generation:
+    """What was written.
+
+    Attributes:
+        tokens: new token ids of each row, up to and with the end token.
+        depth: for each of them after how many blocks it was decided.
+        drafted: drafts tried at each place of a round, from the first on.
+        accepted: how many of them were kept.
+        audited: accepted tokens that a full pass has looked at since.
+        disagreed: those of them that the full model would have chosen otherwise.
+        deep_passes: passes over the blocks behind the exit; of plain decoding, all steps.
+    """
+
+    tokens: list[list[int]]
+    depth: list[list[int]]
+    drafted: list[int] = field(default_factory=list)
+    accepted: list[int] = field(default_factory=list)
+    audited: int = 0
+    disagreed: int = 0
+    deep_passes: int = 0
+
+    @property
+    def acceptance(self) -> float:
+        """Share of tried drafts that were kept."""
+        return sum(self.accepted) / max(1, sum(self.drafted))
+
+    @property
+    def tokens_per_pass(self) -> float:
+        """New tokens for each deep pass of a row."""
+        return sum(map(len, self.tokens)) / max(1, self.deep_passes * len(self.tokens))
+
+
+class Rows:
+    """A batch of texts being written.
+
+    Args:
+        lm: the model with its exits.
+        prompts: token ids of each row, at least one each, lengths may differ.
+        max_new_tokens: most tokens to add to each.
+        sampling: what to choose.
+        seeds: of each row's randomness.
+        ends: token ids after which a row is finished.
+        exit_index: which exit is used.
+        spare: tokens that may be tried beyond the last.
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        sampling: Sampling,
+        seeds: Sequence[int],
+        ends: Sequence[int] = (),
+        exit_index: int = 0,
+        spare: int = 0,
+    ) -> None:
+        if not prompts or any(len(p) == 0 for p in prompts):
+            raise InvalidInput("Every prompt needs at least one token; give a begin-of-text token for an empty one.")
+        if max_new_tokens < 1 or len(seeds) != len(prompts):
+            raise InvalidInput(f"max_new_tokens must be >= 1 and seeds one per prompt; got {max_new_tokens} and {len(seeds)} seeds.")
+        self.lm, self.model, self.sampling = lm, lm.decoder, sampling
+        device = self.model.device
+        lengths = [len(p) for p in prompts]
+        slots = max(lengths) + max_new_tokens
+        limit = self.model.max_positions
+        if limit is not None and slots > limit:
+            raise InvalidInput(
+                f"The longest prompt has {max(lengths)} tokens and max_new_tokens is {max_new_tokens}, together more than the {limit} "
+                "positions that the model has. Shorten the prompt or ask for fewer tokens."
+            )
+        self.cache = self.model.cache(len(prompts), slots + spare)
+        self.tokens = torch.zeros(len(prompts), slots + spare + 1, dtype=torch.int64, device=device)
+        for row, prompt in enumerate(prompts):
+            given = torch.as_tensor(prompt, dtype=torch.int64)
+            if given.min() < 0 or given.max() >= self.model.vocabulary:
+                raise InvalidInput(f"Prompt {row} has token ids outside 0 to {self.model.vocabulary - 1}.")
+            self.tokens[row, : len(prompt)] = given
+        self.start = torch.tensor(lengths, device=device)
+        self.length = self.start.clone()
+        self.limit = self.start + max_new_tokens
+        self.alive = torch.ones(len(prompts), dtype=torch.bool, device=device)
+        self.ends = torch.tensor(sorted(ends), dtype=torch.int64, device=device)
+        self.noise = Noise.of(list(seeds), slots + spare + 1, device)
+        self.exit_index = exit_index
+        self.depth_of_exit = lm.exits[exit_index] if lm.exits else len(self.model)
+        self.depth = torch.zeros_like(self.tokens)
+        self.result = Generation([], [])
+        self.seen = torch.zeros(len(prompts), self.model.vocabulary, dtype=torch.bool, device=device)
+        if sampling.repetition_penalty != 1.0:
+            for row, prompt in enumerate(prompts):
+                self.seen[row, torch.as_tensor(prompt, device=device)] = True
+        self.reach = max(lengths)  # the host knows no row that is longer
+
+    @property
+    def count(self) -> int:
+        return self.tokens.shape[0]
+
+    def run(self, first: Tensor, counts: Tensor, width: int, start: int, stop: int, states: Tensor | None = None) -> Tensor:
+        """States ``[B, width, W]`` after block ``stop - 1`` for ``counts[b]`` tokens of each row from position ``first[b]`` on.
+
+        Tokens beyond a row's count leave no trace. ``states`` are those before block ``start``; the tokens' own at block 0.
+        """
+        offset = torch.arange(width, device=first.device)
+        positions = first[:, None] + offset
+        counted = offset < counts[:, None]
+        length = min(self.cache.slots, -(-(self.reach + width) // READ) * READ)
+        step = self.model.step(self.cache, positions.clamp(max=length - 1), counted, length)
+        if states is None:
+            states = self.model.embed(self.tokens.gather(1, step.positions), step)
+        return self.model.run(states, start, stop, step)
+
+    def prefill(self) -> Tensor:
+        """Run every prompt through all blocks. Returns the logits ``[B, V]`` of its last token."""
+        width = int(self.start.max())
+        zero = torch.zeros_like(self.start)
+        hidden = self.run(zero, self.start, width, 0, len(self.model))
+        return self.model.logits(hidden[torch.arange(self.count, device=hidden.device), self.start - 1])
+
+    def choose(self, logits: Tensor, purpose: int = 2, ahead: int = 0) -> Tensor:
+        """The next token (int64 ``[B]``) by ``logits`` ``[B, V]``, ``ahead`` places after the row's next."""
+        if not self.sampling.do_sample:
+            return self.sampling.penalised(logits, self.seen).argmax(-1)
+        wanted = self.sampling.probabilities(self.sampling.penalised(logits, self.seen))
+        return draw(wanted, self.noise.at((self.length + ahead)[:, None], purpose).squeeze(1))
+
+    def append(self, tokens: Tensor, counts: Tensor, depths: Tensor) -> None:
+        """Add the first ``counts[b]`` of ``tokens`` ``[B, Q]`` to the rows that are alive, up to their end token or limit."""
+        place = torch.arange(tokens.shape[1], device=tokens.device)
+        taken = (place < counts[:, None]) & self.alive[:, None] & (self.length[:, None] + place < self.limit[:, None])
+        if self.ends.numel():
+            ended = torch.isin(tokens, self.ends)
+            taken &= (ended.long().cumsum(1) - ended.long()) == 0  # up to and with the first end
+        at = torch.where(taken, self.length[:, None] + place, self.tokens.shape[1] - 1)
+        self.tokens.scatter_(1, at, torch.where(taken, tokens, 0))
+        self.depth.scatter_(1, at, torch.where(taken, depths, 0))
+        if self.sampling.repetition_penalty != 1.0:
+            mark = torch.zeros_like(self.seen).scatter_(1, tokens, taken) if tokens.shape[1] == 1 else self._marks(tokens, taken)
+            self.seen |= mark
+        added = taken.sum(1)
+        self.length += added
+        last = self.tokens.gather(1, (self.length - 1)[:, None]).squeeze(1)
+        finished = (self.length >= self.limit) | (torch.isin(last, self.ends) & (added > 0))
+        self.alive &= ~finished
+        self.reach = min(self.reach + tokens.shape[1], int(self.length.max()))
+
+    def _marks(self, tokens: Tensor, taken: Tensor) -> Tensor:
+        counts = torch.zeros(self.seen.shape, dtype=torch.int64, device=self.seen.device)
+        return counts.scatter_add_(1, tokens, taken.long()) > 0
+
+    def done(self) -> Generation:
+        """The result."""
+        for row in range(self.count):
+            first, last = int(self.start[row]), int(self.length[row])
+            self.result.tokens.append(self.tokens[row, first:last].tolist())
+            self.result.depth.append(self.depth[row, first:last].tolist())
+        return self.result

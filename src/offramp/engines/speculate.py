@@ -1,0 +1,112 @@
+"""speculate: the exit drafts, the whole model verifies; the text is the model's own, only sooner.
+
+A round: the blocks before the exit write a few drafts, one more token's state is added, and one pass through the blocks behind the exit,
+over states that the drafting left, gives the model's logits for every draft and for the token after the last. The blocks before the exit
+never run twice, and rows keep as many drafts as each of them may.
+
+Shapes: ``B`` rows, ``K`` drafts, ``V`` vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from offramp.core.errors import InvalidInput
+from offramp.engines.decoding import Rows
+from offramp.engines.sampling import Sampling, accept, draw
+
+
+@dataclass(frozen=True)
+class Verify:
+    """Drafts from an exit, kept as far as the whole model agrees (Leviathan et al. 2023; Kangaroo, LayerSkip).
+
+    Attributes:
+        draft_length: most drafts in a round, at least 1.
+        stop_below: a row stops drafting after a draft less likely than this, in [0, 1] (Kangaroo's ``eta``); 0 = never.
+        sample_drafts: when sampling, draw the drafts too; else the most likely token is drafted and verified as a certain choice.
+        exit_index: which exit.
+    """
+
+    draft_length: int = 4
+    stop_below: float = 0.0
+    sample_drafts: bool = True
+    exit_index: int = 0
+
+    def __post_init__(self) -> None:
+        if self.draft_length < 1 or not 0 <= self.stop_below <= 1:
+            raise InvalidInput(f"draft_length must be at least 1 and stop_below in [0, 1], got {self.draft_length} and {self.stop_below}.")
+
+
+def speculate(rows: Rows, mode: Verify) -> None:
+    """Rounds until every row is finished."""
+    rows.result.drafted = [0] * mode.draft_length
+    rows.result.accepted = [0] * mode.draft_length
+    while bool(rows.alive.any()):
+        _round(rows, mode)
+
+
+def _round(rows: Rows, mode: Verify) -> None:
+    alive = rows.alive
+    first = rows.length - 1  # position of the newest token, which no block has seen
+    room = (rows.limit - rows.length - 1).clamp(min=0, max=mode.draft_length)  # drafts that can still matter
+    counts = torch.zeros_like(first)
+    drafting = alive & (room > 0)
+    running = alive.clone()
+    states: list[Tensor] = []
+    drafts: list[Tensor] = []
+    drafted: list[Tensor] = []
+    seen = rows.seen
+    while True:
+        made = len(drafts)
+        hidden = rows.run(first + made, running.long(), 1, 0, rows.depth_of_exit)
+        states.append(hidden)
+        if not bool(drafting.any()):
+            break
+        logits = rows.sampling.penalised(rows.lm.draft(hidden, mode.exit_index)[:, 0], seen)
+        likely = logits.float().softmax(-1)
+        q, token = _draft(rows, mode, logits, first + made + 1)
+        drafts.append(token)
+        drafted.append(q)
+        counts += drafting
+        rows.tokens.scatter_(1, (first + made + 1)[:, None], token[:, None])
+        if rows.sampling.repetition_penalty != 1.0:
+            seen = seen.scatter(1, token[:, None], True)
+        running = drafting
+        drafting = drafting & (counts < room) & (likely.gather(1, token[:, None]).squeeze(1) >= mode.stop_below)
+    _verify(rows, first, counts, states, drafts, drafted)
+
+
+def _draft(rows: Rows, mode: Verify, logits: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """The distribution ``[B, V]`` a draft is drawn from, and the draft (int64 ``[B]``)."""
+    if rows.sampling.do_sample and mode.sample_drafts:
+        q = rows.sampling.probabilities(logits)
+        return q, draw(q, rows.noise.at(positions[:, None], 0).squeeze(1))
+    q = Sampling().probabilities(logits)
+    return q, q.argmax(-1)
+
+
+def _verify(rows: Rows, first: Tensor, counts: Tensor, states: list[Tensor], drafts: list[Tensor], drafted: list[Tensor]) -> None:
+    blocks = len(rows.model)
+    pending = torch.where(rows.alive, counts + 1, 0)
+    hidden = rows.run(first, pending, len(states), rows.depth_of_exit, blocks, torch.cat(states, dim=1))
+    logits = rows.model.logits(hidden)
+    rows.result.deep_passes += 1
+    if rows.sampling.repetition_penalty != 1.0:  # a position knows the drafts before it
+        seen = [rows.seen]
+        for token in drafts:
+            seen.append(seen[-1].scatter(1, token[:, None], True))
+        logits = rows.sampling.penalised(logits, torch.stack(seen, dim=1))
+    wanted = rows.sampling.probabilities(logits)
+    tried = torch.stack(drafts, dim=1) if drafts else first.new_zeros(rows.count, 0)
+    q = torch.stack(drafted, dim=1) if drafted else wanted[:, :0]
+    noise_at = first[:, None] + 1 + torch.arange(len(drafts) + 1, device=first.device)
+    kept, after = accept(tried, q, wanted, counts, rows.noise.at(noise_at[:, :-1], 1), rows.noise.at(noise_at, 2))
+    for k in range(len(drafts)):
+        rows.result.drafted[k] += int((rows.alive & (counts > k)).sum())
+        rows.result.accepted[k] += int((rows.alive & (kept > k)).sum())
+    written = torch.cat([tried, after[:, None]], dim=1).scatter(1, kept[:, None], after[:, None])
+    depths = torch.where(torch.arange(len(drafts) + 1, device=first.device) < kept[:, None], rows.depth_of_exit, blocks)
+    rows.append(written, kept + 1, depths)
