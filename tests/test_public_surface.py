@@ -30,7 +30,7 @@ NAMES = {
 MODEL_LIBRARIES = {"timm", "transformers", "diffusers"}
 OPTIONAL = {
     "accelerate", "datasets", "matplotlib", "onnx", "onnx_ir", "onnxruntime", "onnxscript", "pandas", "PIL", "pyarrow", "scipy", "sklearn",
-    "torchvision", "fastapi", "uvicorn",
+    "torchvision", "fastapi", "uvicorn", "pynvml",
 } | MODEL_LIBRARIES  # fmt: skip
 
 

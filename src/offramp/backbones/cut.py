@@ -25,6 +25,7 @@ from offramp.backbones.graph import Segment, Split, gap, protect_inputs, roundin
 from offramp.backbones.taps import Taps, first_tensor, resolve
 from offramp.core.errors import InvalidInput, NotCuttable, OfframpWarning
 from offramp.core.flops import counter
+from offramp.core.modes import evaluating
 from offramp.core.types import BackboneSpec, SegmentSpec
 
 
@@ -247,14 +248,8 @@ def cut(
         raise InvalidInput(f"`at` names a module twice: {list(at)}.")
     for path in at:
         resolve(model, path)
-    training = {m: m.training for m in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            return _cut(model, tuple(at), example, kwargs, batch_size, verify)
-    finally:
-        for module, flag in training.items():
-            module.training = flag
+    with torch.no_grad(), evaluating(model):
+        return _cut(model, tuple(at), example, kwargs, batch_size, verify)
 
 
 # Tried in order until the exporter keeps the batch dynamic: a batch size that equals a size inside the model (heads, a buffer) can

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from offramp.backbones.taps import first_tensor
 from offramp.core.errors import NotCuttable
 from offramp.core.flops import counter
+from offramp.core.modes import evaluating
 
 
 @dataclass(frozen=True)
@@ -112,11 +113,9 @@ def repeated_blocks(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str
     calls: dict[nn.Module, int] = {}
     runs: dict[nn.Module, _Run] = {}
     entered: dict[nn.Module, int] = {}
-    was_training = {m: m.training for m in model.modules()}
     handles = []
-    model.eval()
     try:
-        with torch.no_grad(), _Tape(tensors) as tape:
+        with torch.no_grad(), evaluating(model), _Tape(tensors) as tape:
 
             def enter(module: nn.Module, _: Any) -> None:
                 entered[module] = tape.flops
@@ -135,8 +134,6 @@ def repeated_blocks(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str
     finally:
         for handle in handles:
             handle.remove()
-        for module, flag in was_training.items():
-            module.training = flag
     usable = {m: r for m, r in runs.items() if calls[m] == 1 and r.work > 0}
     crossing = {m: tape.crossing(r.time, r.memory) for m, r in usable.items()}
     least = min(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import platform
@@ -23,6 +24,7 @@ from offramp.backbones.families import Family, Inputs
 from offramp.backbones.graph import same
 from offramp.core.bundle import write_json, write_text
 from offramp.core.errors import InvalidInput, MissingExtra, NotCuttable
+from offramp.core.modes import evaluating
 from offramp.exits.placement import Evenly
 
 BATCHES = (1, 3, 7)
@@ -160,12 +162,11 @@ def _probe(family: Family, library: str, version: str, at: Sequence[str] | None)
     row: dict[str, Any] = {"family": family.name, "kind": family.kind, "library": library, "version": version}
     stage = "making the model"
     generator = torch.random.get_rng_state()
-    training: dict[nn.Module, bool] = {}
+    flags = contextlib.ExitStack()
     try:
         torch.manual_seed(0)
         model = family.build()
-        training = {m: m.training for m in model.modules()}
-        model.eval()
+        flags.enter_context(evaluating(model))  # it may be a user's own
         row["model"] = Value(type(model).__name__, "measured")
         args, kwargs = family.inputs(2, None)
         stage = "an ordinary forward"
@@ -206,8 +207,7 @@ def _probe(family: Family, library: str, version: str, at: Sequence[str] | None)
         row["reason"] = f"{stage}: {type(error).__name__}: {_brief(error)}"
     finally:
         torch.random.set_rng_state(generator)
-        for module, flag in training.items():
-            module.training = flag
+        flags.close()
     return Capability(**row)
 
 

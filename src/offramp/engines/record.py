@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map
 
 from offramp.core.batches import unpack_batch
 from offramp.core.errors import InvalidInput
+from offramp.core.modes import evaluating
 from offramp.core.parts import part_key
 from offramp.core.protocols import Rule
 from offramp.core.trace import LatencyTable, Trace
@@ -69,40 +70,34 @@ def record(
         InvalidInput: the loader is empty, an exit gives non-finite logits, or a loss leaves [0, 1].
     """
     columns: dict[str, list[Tensor]] = {}
-    was_training = {m: m.training for m in net.modules()}
-    net.eval()
     seen = 0
     on_device = [placed(rule, net.device) for rule in rules]
-    try:
-        with torch.inference_mode(), Progress(disable=not progress, transient=True) as bar:
-            task = bar.add_task("recording", total=len(loader) if isinstance(loader, Sized) else None)
-            for batch in loader:
-                args, kwargs, labels = unpack_batch(batch)
-                args, kwargs = _to(args, net.device, net.dtype), _to(kwargs, net.device, net.dtype)
-                logits, states = net.forward_with_states(*args, **kwargs)
-                stacked = torch.stack([z.float() if z.ndim > 1 else z.float().unsqueeze(-1) for z in logits], dim=1)
-                if not torch.isfinite(stacked).all():
-                    rows, exits, _ = torch.nonzero(~torch.isfinite(stacked), as_tuple=True)
-                    raise InvalidInput(
-                        f"Exit {net.names[int(exits[0])]!r} gives non-finite logits for item {seen + int(rows[0])}. Check the weights, or "
-                        "record in float32."
-                    )
-                found = {"predictions": _predict(stacked)}
-                if keep_logits:
-                    found["logits"] = stacked
-                if labels is not None:
-                    labels = labels.to(stacked.device)
-                    found["labels"] = labels
-                    found["losses"] = torch.stack([loss(stacked[:, k], labels) for k in range(stacked.shape[1])], dim=1).float()
-                for index, rule in enumerate(on_device):
-                    found[f"rule{index}"] = _score(rule, logits, states)
-                for name, value in found.items():
-                    columns.setdefault(name, []).append(value.cpu())
-                seen += stacked.shape[0]
-                bar.advance(task)
-    finally:
-        for module, flag in was_training.items():
-            module.training = flag
+    with torch.inference_mode(), evaluating(net), Progress(disable=not progress, transient=True) as bar:
+        task = bar.add_task("recording", total=len(loader) if isinstance(loader, Sized) else None)
+        for batch in loader:
+            args, kwargs, labels = unpack_batch(batch)
+            args, kwargs = _to(args, net.device, net.dtype), _to(kwargs, net.device, net.dtype)
+            logits, states = net.forward_with_states(*args, **kwargs)
+            stacked = torch.stack([z.float() if z.ndim > 1 else z.float().unsqueeze(-1) for z in logits], dim=1)
+            if not torch.isfinite(stacked).all():
+                rows, exits, _ = torch.nonzero(~torch.isfinite(stacked), as_tuple=True)
+                raise InvalidInput(
+                    f"Exit {net.names[int(exits[0])]!r} gives non-finite logits for item {seen + int(rows[0])}. Check the weights, or "
+                    "record in float32."
+                )
+            found = {"predictions": _predict(stacked)}
+            if keep_logits:
+                found["logits"] = stacked
+            if labels is not None:
+                labels = labels.to(stacked.device)
+                found["labels"] = labels
+                found["losses"] = torch.stack([loss(stacked[:, k], labels) for k in range(stacked.shape[1])], dim=1).float()
+            for index, rule in enumerate(on_device):
+                found[f"rule{index}"] = _score(rule, logits, states)
+            for name, value in found.items():
+                columns.setdefault(name, []).append(value.cpu())
+            seen += stacked.shape[0]
+            bar.advance(task)
     if not seen:
         raise InvalidInput("The loader gave no batch, so there is nothing to record.")
     joined = {name: torch.cat(parts) for name, parts in columns.items()}
