@@ -5,6 +5,7 @@ Training and recording run one ordinary forward of the untouched model with taps
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,8 @@ from offramp.core.bundle import fingerprint, load_bundle, save_bundle
 from offramp.core.certificate import Plan
 from offramp.core.errors import ArtifactError, FingerprintMismatch, InvalidInput, NotCuttable
 from offramp.core.flops import count_flops
-from offramp.core.parts import part_from_dict, part_to_dict
+from offramp.core.modes import evaluating
+from offramp.core.parts import part_from_dict, part_key, part_to_dict
 from offramp.core.protocols import HeadSpec, Rule
 from offramp.core.system import System
 from offramp.exits import Evenly, PooledLinear
@@ -203,7 +205,15 @@ class MultiExit(nn.Module):
         return segments.cumsum(0) + heads.cumsum(0), float(segments.sum())
 
     def fingerprint(self) -> str:
-        """Of the base model alone."""
+        """Of the model and its heads: what a trace, a plan and its certificate are about. Heads trained further are other heads."""
+        digest = hashlib.sha256(self.base_fingerprint().encode())
+        for exit_, head in zip(self.exits, self.heads, strict=True):
+            made_from = "module" if exit_.spec is None else part_key(exit_.spec)
+            digest.update(f"{exit_.name}|{made_from}|{fingerprint(head)}".encode())
+        return digest.hexdigest()
+
+    def base_fingerprint(self) -> str:
+        """Of the base model alone: what an adapter's heads were trained on."""
         return fingerprint(self.model)
 
     def detach(self) -> nn.Module:
@@ -224,7 +234,7 @@ class MultiExit(nn.Module):
             raise InvalidInput(f"The heads at {missing} were given as modules; save needs heads given as parts (a HeadSpec).")
         content = {
             "base": type(self.model).__qualname__,
-            "fingerprint": self.fingerprint(),
+            "fingerprint": self.base_fingerprint(),
             "exits": [
                 {"name": e.name, "head": part_to_dict(e.spec), "hidden_shape": list(e.hidden_shape), "head_flops": e.head_flops}
                 for e in self.exits
@@ -301,16 +311,10 @@ def attach(
     if not paths or len(set(paths)) != len(paths):
         raise InvalidInput(f"`at` must name at least one module and none twice, got {paths}.")
 
-    training = {m: m.training for m in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad(), Taps(model, paths) as taps:
-            final = select(model(*placed.args, **placed.kwargs))
-            states = dict(zip(paths, taps.states, strict=True))
-            order = list(taps.order)
-    finally:
-        for module, flag in training.items():
-            module.training = flag
+    with torch.no_grad(), evaluating(model), Taps(model, paths) as taps:
+        final = select(model(*placed.args, **placed.kwargs))
+        states = dict(zip(paths, taps.states, strict=True))
+        order = list(taps.order)
     for path in paths:
         if states[path].shape[0] != final.shape[0]:
             raise NotCuttable(

@@ -247,7 +247,22 @@ def test_attaching_twice_gives_independent_exits():
     model = Plain().eval()
     one, two = attach(model, ["blocks.1"], example=vectors(2)), attach(model, ["blocks.1", "blocks.3"], example=vectors(2))
     assert one.model is two.model is model and one.heads[0] is not two.heads[0] and len(two.heads) == 2
-    assert one.fingerprint() == two.fingerprint()
+    assert one.base_fingerprint() == two.base_fingerprint() and one.fingerprint() != two.fingerprint()
+
+
+def test_the_fingerprint_covers_heads_as_well_as_the_model():
+    """A plan is about the exits it was calibrated on: heads that were trained further, or made anew, are others."""
+    model = Plain().eval()
+    net = attach(model, ["blocks.1", "blocks.3"], example=vectors(2))
+    plan, before = never(net, Confidence()), net.fingerprint()
+    plan.check(net.fingerprint())
+    with torch.no_grad():
+        next(net.heads[0].parameters()).add_(1)
+    assert net.fingerprint() != before and net.base_fingerprint() == attach(model, ["blocks.1"], example=vectors(2)).base_fingerprint()
+    with pytest.raises(FingerprintMismatch, match="these heads"):
+        plan.check(net.fingerprint())
+    other = attach(model, ["blocks.1", "blocks.3"], example=vectors(2), head=PooledLinear(norm=False))
+    assert other.fingerprint() != before
 
 
 def test_training_forward_equals_the_model_and_reaches_every_head():

@@ -47,7 +47,7 @@ class Certificate:
         guaranteed: whether a statistical guarantee backs the statement; otherwise it is an estimate.
         delta: probability that the guarantee fails, over the draw of calibration items; ``None`` without guarantee.
         items: calibration items used for the promise.
-        fingerprint: of the base model.
+        fingerprint: of the model and its heads.
         assumptions: what the promise rests on, in words.
     """
 
@@ -102,7 +102,7 @@ class Plan:
         shares: K expected shares of items leaving at each exit, summing to 1.
         mean_cost: expected FLOPs per item over FLOPs of the model without heads.
         certificate: what was promised.
-        fingerprint: of the base model.
+        fingerprint: of the model and its heads.
     """
 
     rule: Rule
@@ -146,7 +146,8 @@ class Plan:
         if self.fingerprint and fingerprint and self.fingerprint != fingerprint:
             raise FingerprintMismatch(
                 f"The plan was calibrated for the model with fingerprint {self.fingerprint[:12]}..., this one is {fingerprint[:12]}... "
-                "Its thresholds and its certificate say nothing about this model: record and calibrate again."
+                "Its thresholds and its certificate say nothing about this model and these heads: record and calibrate again, or load the "
+                "adapter it was calibrated with."
             )
 
     def save(self, folder: str | os.PathLike[str]) -> None:

@@ -89,7 +89,7 @@ class Trace:
         logits: ``[N, K, C]`` float32, or ``None`` if they were not kept.
         recorded: scores ``[N, K]`` by rule key, for rules that read more than logits.
         latency: measured times, if they were taken.
-        fingerprint: of the base model.
+        fingerprint: of the model and its heads.
         provenance: data set, date, versions, device; free form JSON.
         why_not_replayable: empty when leaving early changes nothing for other items or later steps, else the reason.
     """
