@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from offramp.backbones.attention import decoding_attention, masked_attention
 from offramp.backbones.kv import KVCache, Writer
 from offramp.core.errors import UnsupportedModel
 from offramp.core.modes import evaluating
@@ -31,6 +32,7 @@ _TRUNKS = ("model.decoder", "model", "transformer", "gpt_neox")
 _BLOCKS = ("layers", "h")
 _ATTENTIONS = ("self_attn", "attn", "attention")
 _NORMS = ("norm", "ln_f", "final_layer_norm")
+_LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
 @dataclass
@@ -41,7 +43,7 @@ class Step:
         cache: keys and values.
         positions: int64 ``[B, Q]``, 0-based.
         slots: int64 ``[B, Q]`` where keys and values are put: the positions, or ``cache.nowhere`` for tokens that do not count.
-        length: slots that are read, more than any position.
+        length: slots that are read, more than any position that counts.
         rotary: what the blocks are given to rotate by, computed once, by kind of block (`None` where there is one kind).
         masks: ``[B, 1, Q, length]`` bool by window, computed once.
     """
@@ -72,37 +74,21 @@ def cached_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     softcap: float | None = None,
+    cache_positions: Tensor | None = None,
+    cache_window: int | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of ``[B, H, Q, D]`` queries over ``[B, G, L, D]`` keys, ``G`` dividing ``H``. Returns ``[B, Q, H, D]``.
-
-    Args:
-        module: the attention module that asks; not read.
-        query: queries.
-        key: keys.
-        value: values.
-        attention_mask: bool ``[B, 1, Q, L]``.
-        scaling: of the products; ``1 / sqrt(D)`` by default.
-        softcap: bounds the scaled products by ``softcap * tanh(. / softcap)``, as Gemma 2 does.
-    """
-    if softcap is None:
-        grouped = query.shape[1] != key.shape[1]
-        out = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling, enable_gqa=grouped)
-        return out.transpose(1, 2).contiguous(), None
-    repeat = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(repeat, dim=1), value.repeat_interleave(repeat, dim=1)
-    scores = query @ key.transpose(2, 3) * (scaling if scaling is not None else query.shape[-1] ** -0.5)
-    scores = softcap * torch.tanh(scores / softcap)
-    if attention_mask is not None:
-        scores = scores.masked_fill(~attention_mask, float("-inf"))
-    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
-    return (weights @ value).transpose(1, 2).contiguous(), None
+    """What blocks call for attention: `masked_attention` with a mask, `decoding_attention` without. Returns ``[B, Q, H, D]``."""
+    if attention_mask is None and cache_positions is not None:
+        return decoding_attention(query, key, value, cache_positions, scaling, softcap, cache_window), None
+    return masked_attention(query, key, value, attention_mask, scaling, softcap).transpose(1, 2).contiguous(), None
 
 
 def _seen_through(module: nn.Module, **replaced: Any) -> Any:
-    """A copy of a module that shares its parameters and children, but for those replaced."""
+    """A copy of a module that shares its parameters and children, but for those replaced, and is always in evaluation mode."""
     view = copy.copy(module)
     view.__dict__["_modules"] = dict(module._modules)
+    view.training = False  # a flag is not shared: the model may have been training when it was seen
     for name, value in replaced.items():
         setattr(view, name, value)
     return view
@@ -127,7 +113,8 @@ class Decoder:
         blocks: its blocks, seen through copies.
         windows: how far back each block sees; ``None`` = to the start.
         vocabulary: size of the output.
-        max_positions: longest sequence, or ``None`` where positions are not bounded by a table.
+        max_positions: most tokens that can be embedded, or ``None`` where nothing bounds positions: a table of them, or rotations that
+            change beyond a length.
     """
 
     def __init__(self, model: Any) -> None:
@@ -168,7 +155,22 @@ class Decoder:
                 "other kinds of positions are not known here."
             )
         self.vocabulary = int(config.vocab_size)
+        self.head_width = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+        unknown = sorted(set(getattr(config, "layer_types", None) or ()) - set(_LAYER_TYPES))
+        if unknown:
+            raise UnsupportedModel(
+                f"{name} has blocks of the kinds {', '.join(unknown)}; blocks that see all before them or a sliding window are known here "
+                f"({', '.join(_LAYER_TYPES)})."
+            )
+        rotations = _rotations(self._rotary)
+        if any("dynamic" in kind for kind in rotations):
+            raise UnsupportedModel(
+                f"{name} rotates by frequencies that change with the length of the text (rope_type 'dynamic'), so that keys in a cache would "
+                "go stale and rows of a batch would change each other."
+            )
         self.max_positions: int | None = getattr(config, "max_position_embeddings", None) if self._table is not None else None
+        if "longrope" in rotations:  # whose frequencies change beyond this length
+            self.max_positions = _original_length(config)
         self.blocks: list[Any] = []
         self.windows: list[int | None] = []
         self._keyword = ""
@@ -217,11 +219,16 @@ class Decoder:
         """States ``[B, Q, W]`` after blocks ``start`` to ``stop - 1``; their keys and values are in the cache afterwards."""
         writer = Writer(step.cache, step.slots, step.length)
         for k in range(start, stop):
-            given: dict[str, Any] = {self._keyword: writer}
-            if self._rotary is not None:
-                given["position_embeddings"] = self._rotation(hidden, step, self._kinds[k])
-            hidden = self.blocks[k](hidden, attention_mask=step.mask(self.windows[k]), position_ids=step.positions, **given)
+            hidden = self.call(self.blocks[k], k, hidden, step, writer)
         return hidden
+
+    def call(self, block: Any, index: int, hidden: Tensor, step: Step, writer: Writer) -> Tensor:
+        """States ``[B, Q, W]`` after a block of the kind of block ``index``: that one, or a copy with weights of its own."""
+        given: dict[str, Any] = {self._keyword: writer}
+        if self._rotary is not None:
+            given["position_embeddings"] = self._rotation(hidden, step, self._kinds[index])
+        after: Tensor = block(hidden, attention_mask=step.mask(self.windows[index]), position_ids=step.positions, **given)
+        return after
 
     def _rotation(self, hidden: Tensor, step: Step, kind: str | None) -> Any:
         if kind not in step.rotary:
@@ -231,9 +238,12 @@ class Decoder:
 
     def norm(self, hidden: Tensor) -> Tensor:
         """The model's final norm, and the projection some models have after it."""
-        hidden = self._norm(hidden)
+        return self.after_norm(self._norm(hidden))
+
+    def after_norm(self, normed: Tensor) -> Tensor:
+        """What the model does between its norm and its output layer: for most, nothing."""
         after = getattr(self.trunk, "project_out", None)
-        return after(hidden) if after is not None else hidden
+        return after(normed) if after is not None else normed
 
     def head(self, normed: Tensor) -> Tensor:
         """Logits ``[..., V]`` of normed states."""
@@ -271,7 +281,21 @@ class Decoder:
             length: slots to read; all by default.
         """
         slots = positions if counted is None else torch.where(counted, positions, cache.nowhere)
-        return Step(cache, positions.clamp(max=cache.slots - 1), slots, length if length is not None else cache.slots)
+        length = length if length is not None else cache.slots
+        last = length if self.max_positions is None else min(length, self.max_positions)  # tokens that do not count may lie beyond
+        return Step(cache, positions.clamp(max=last - 1), slots, length)
+
+
+def _rotations(rotary: Any) -> set[str]:
+    """Kinds of rotation that a model's blocks use, by transformers' names."""
+    kind = getattr(rotary, "rope_type", None)
+    return set(map(str, kind.values())) if isinstance(kind, dict) else set() if kind is None else {str(kind)}
+
+
+def _original_length(config: Any) -> int | None:
+    given = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    found = getattr(config, "original_max_position_embeddings", None) or given.get("original_max_position_embeddings")
+    return int(found) if found else None
 
 
 def _window(attention: nn.Module, config: Any) -> int | None:
