@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from offramp.backbones.decoder import Decoder, decoder
-from offramp.core.errors import InvalidInput
-from offramp.exits.lm import Ending, LMHead, LMHeadSpec, Shared
+from offramp.backbones.added import OwnBlock, whole
+from offramp.backbones.decoder import Decoder, Step, decoder
+from offramp.backbones.kv import KVCache
+from offramp.core.bundle import fingerprint, load_bundle, save_bundle
+from offramp.core.errors import ArtifactError, FingerprintMismatch, InvalidInput
+from offramp.core.parts import part_from_dict, part_to_dict
+from offramp.exits.cached import Adapter, Block
+from offramp.exits.lm import Ending, LMHead, LMHeadSpec, OwnNorm, Shared, Trimmed
+
+LM_PARTS: dict[str, type] = {c.__name__: c for c in (Shared, OwnNorm, Trimmed, Adapter, Block)}
+"""Heads of language models by name: what a saved file may name."""
+
+_STEM, _KIND = "lm", "lm exits"
 
 
 class LanguageModel(nn.Module):
@@ -18,13 +29,15 @@ class LanguageModel(nn.Module):
         decoder: the model, block by block.
         exits: after how many blocks each exit reads, ascending.
         heads: one per exit.
+        specs: the heads as data.
     """
 
-    def __init__(self, model: Decoder, exits: Sequence[int], heads: Sequence[LMHead]) -> None:
+    def __init__(self, model: Decoder, exits: Sequence[int], heads: Sequence[LMHead], specs: Sequence[LMHeadSpec] = ()) -> None:
         super().__init__()
         self._decoder = (model,)
         self.exits = tuple(exits)
         self.heads = nn.ModuleList(heads)
+        self.specs = tuple(specs)
 
     @property
     def decoder(self) -> Decoder:
@@ -35,29 +48,117 @@ class LanguageModel(nn.Module):
         """The user's model."""
         return self.decoder.model
 
-    def draft(self, hidden: Tensor, exit_index: int = 0) -> Tensor:
-        """Logits ``[B, Q, V]`` of an exit from the states ``[B, Q, W]`` it reads."""
-        logits: Tensor = self.heads[exit_index](hidden)
+    def draft(self, hidden: Tensor, exit_index: int = 0, step: Step | None = None) -> Tensor:
+        """Logits ``[B, Q, V]`` of an exit from the states ``[B, Q, W]`` it reads.
+
+        Args:
+            hidden: states of the tokens after the exit's block.
+            exit_index: which exit.
+            step: where the tokens stand, with a cache from `own_cache`; needed by heads that have one, not read by others.
+        """
+        head = self.heads[exit_index]
+        logits: Tensor = head(hidden, step) if head.cached else head(hidden)
         return logits
 
+    def observe(self, hidden: Tensor, exit_index: int, step: Step | None) -> None:
+        """Show a head with a cache of its own the states ``[B, Q, W]`` of tokens that nothing is drafted from; others need not see them."""
+        head = self.heads[exit_index]
+        if head.cached:
+            head.observe(hidden, step)
 
-def attach_lm(model: nn.Module, exits: Sequence[int], head: LMHeadSpec | None = None) -> LanguageModel:
+    def own_cache(self, exit_index: int, rows: int, slots: int) -> KVCache | None:
+        """An empty cache for an exit's head, or ``None`` if it needs none."""
+        return KVCache(1, rows, slots) if self.heads[exit_index].cached else None
+
+    def teach(self, hidden: Tensor, exit_index: int = 0) -> Tensor:
+        """Logits ``[B, T, V]`` of an exit for whole texts in one pass, from the states ``[B, T, W]``; gradients flow."""
+        return self.draft(hidden, exit_index, whole(self.decoder, hidden) if self.heads[exit_index].cached else None)
+
+    def base_fingerprint(self) -> str:
+        """Of the user's model: what the heads were trained on."""
+        return fingerprint(self.model)
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write ``lm.json`` and ``lm.safetensors``: the added weights alone, and the fingerprint of the model they were trained on."""
+        content = {
+            "base": type(self.model).__qualname__,
+            "fingerprint": self.base_fingerprint(),
+            "exits": [{"after": e, "head": part_to_dict(s)} for e, s in zip(self.exits, self.specs, strict=True)],
+        }
+        save_bundle(folder, _STEM, _KIND, content, self.heads.state_dict())
+
+
+def attach_lm(model: nn.Module, exits: Sequence[int], head: LMHeadSpec | Sequence[LMHeadSpec] | None = None) -> LanguageModel:
     """Put exits on a causal language model.
 
     Args:
         model: of transformers' AutoModelForCausalLM.
         exits: after how many blocks to read, ascending, each from 1 to the number of blocks less one.
-        head: what each exit is; `Shared` by default.
+        head: what each exit is, one for all or one each; `Shared` by default.
 
     Raises:
         UnsupportedModel: the model cannot be decoded block by block; says why.
-        InvalidInput: an exit is out of range.
+        InvalidInput: an exit is out of range, or a head is not one.
     """
     found = decoder(model)
     blocks = len(found)
     if not exits or list(exits) != sorted(set(exits)) or not all(0 < e < blocks for e in exits):
         raise InvalidInput(f"exits must be ascending numbers of blocks from 1 to {blocks - 1}, got {list(exits)}.")
-    spec = head if head is not None else Shared()
-    ending = Ending(found.norm, found.head, found.norm_module, found.output, found.width, found.vocabulary)
-    heads = [spec.build(ending).to(found.device) for _ in exits]
-    return LanguageModel(found, exits, heads)
+    given = head if head is not None else Shared()
+    specs = list(given) if isinstance(given, Sequence) else [given] * len(exits)
+    if len(specs) != len(exits):
+        raise InvalidInput(f"{len(specs)} heads were given for {len(exits)} exits; give one for all or one for each.")
+    for spec in specs:
+        if isinstance(spec, type) or not isinstance(spec, LMHeadSpec):
+            raise InvalidInput(f"A head is a part such as Shared() or Adapter(), got {spec!r}.")
+
+    def like(number: int, fresh: bool) -> nn.Module:
+        if not -blocks <= number < blocks:
+            raise InvalidInput(f"The model has {blocks} blocks; there is no block {number} to be like.")
+        return OwnBlock(found, number % blocks, fresh)
+
+    ending = Ending(
+        found.norm,
+        found.head,
+        found.norm_module,
+        found.output,
+        found.width,
+        found.vocabulary,
+        found.after_norm,
+        int(found.model.config.num_attention_heads),
+        like,
+    )
+    heads = [spec.build(ending).to(device=found.device, dtype=found.dtype) for spec in specs]
+    return LanguageModel(found, exits, heads, specs)
+
+
+def load_lm(model: nn.Module, folder: str | os.PathLike[str]) -> LanguageModel:
+    """Put saved exits on the model they were trained on.
+
+    Args:
+        model: with the weights it had when the exits were saved.
+        folder: what `LanguageModel.save` wrote.
+
+    Raises:
+        FingerprintMismatch: the model has other weights.
+        ArtifactError: a file is missing, truncated, altered or foreign.
+        UnsupportedModel: the model cannot be decoded block by block.
+    """
+    content, tensors = load_bundle(folder, _STEM, _KIND)
+    try:
+        exits = [int(e["after"]) for e in content["exits"]]
+        specs = [part_from_dict(e["head"], LM_PARTS) for e in content["exits"]]
+        expected = str(content["fingerprint"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(f"The exits in {folder} lack or garble a field: {error}.") from error
+    if (found := fingerprint(model)) != expected:
+        raise FingerprintMismatch(
+            f"The exits in {folder} were trained on a {content.get('base')} with fingerprint {expected[:12]}...; "
+            f"this {type(model).__qualname__} has {found[:12]}.... Load the weights the exits were trained on, or attach and fit new ones."
+        )
+    made = attach_lm(model, exits, specs)
+    try:
+        made.heads.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise ArtifactError(f"The weights in {folder} do not fit their heads: {error}.") from error
+    return made

@@ -10,11 +10,12 @@ Shapes: ``B`` rows, ``Q`` tokens of a row in one pass, ``M`` most pending tokens
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from offramp.backbones.decoder import Step
 from offramp.core.errors import InvalidInput
 from offramp.engines.sampling import Noise, Sampling, draw
 from offramp.language import LanguageModel
@@ -66,7 +67,7 @@ class Rows:
         sampling: what to choose.
         seeds: of each row's randomness.
         ends: token ids after which a row is finished.
-        exit_index: which exit is used.
+        exit_index: which exit is used, or ``None`` for none; a head with a cache of its own then sees nothing.
         spare: tokens that may be tried beyond the last.
     """
 
@@ -78,7 +79,7 @@ class Rows:
         sampling: Sampling,
         seeds: Sequence[int],
         ends: Sequence[int] = (),
-        exit_index: int = 0,
+        exit_index: int | None = 0,
         spare: int = 0,
     ) -> None:
         if not prompts or any(len(p) == 0 for p in prompts):
@@ -108,8 +109,10 @@ class Rows:
         self.alive = torch.ones(len(prompts), dtype=torch.bool, device=device)
         self.ends = torch.tensor(sorted(ends), dtype=torch.int64, device=device)
         self.noise = Noise.of(list(seeds), slots + spare + 1, device)
-        self.exit_index = exit_index
-        self.depth_of_exit = lm.exits[exit_index] if lm.exits else len(self.model)
+        self.exit_index = exit_index or 0
+        self.depth_of_exit = lm.exits[self.exit_index] if lm.exits else len(self.model)
+        self.own = None if exit_index is None or not lm.exits else lm.own_cache(exit_index, len(prompts), slots + spare)
+        self._at_exit: Step | None = None
         self.depth = torch.zeros_like(self.tokens)
         self.result = Generation([], [])
         self.seen = torch.zeros(len(prompts), self.model.vocabulary, dtype=torch.bool, device=device)
@@ -134,7 +137,25 @@ class Rows:
         step = self.model.step(self.cache, positions.clamp(max=length - 1), counted, length)
         if states is None:
             states = self.model.embed(self.tokens.gather(1, step.positions), step)
+        if self.own is not None and start < self.depth_of_exit < stop:
+            states = self.model.run(states, start, self.depth_of_exit, step)
+            self._at_exit, start = step, self.depth_of_exit
+            self.observe(states)
+        elif stop == self.depth_of_exit:
+            self._at_exit = step
         return self.model.run(states, start, stop, step)
+
+    def draft(self, hidden: Tensor) -> Tensor:
+        """Logits ``[B, Q, V]`` of the exit from its states ``[B, Q, W]``, which the last `run` up to the exit gave."""
+        return self.lm.draft(hidden, self.exit_index, self._own_step())
+
+    def observe(self, hidden: Tensor) -> None:
+        """Show the exit's head states that nothing is drafted from, so that its cache lacks none. For heads without a cache, nothing."""
+        if self.own is not None:
+            self.lm.observe(hidden, self.exit_index, self._own_step())
+
+    def _own_step(self) -> Step | None:
+        return None if self.own is None or self._at_exit is None else replace(self._at_exit, cache=self.own)
 
     def prefill(self) -> Tensor:
         """Run every prompt through all blocks. Returns the logits ``[B, V]`` of its last token."""

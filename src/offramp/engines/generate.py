@@ -95,7 +95,7 @@ def generate(
             Sampling(**sampling),
             seeds,
             ends,
-            0 if isinstance(mode, Plain) else mode.exit_index,
+            None if isinstance(mode, Plain) else mode.exit_index,
             mode.draft_length if isinstance(mode, Verify) else 0,
         )
         first = rows.choose(rows.prefill())
@@ -135,7 +135,7 @@ def _accept(rows: Rows, mode: Accept) -> None:
             rows.alive[:, None], hidden[:, 0], kept[row, waiting.clamp(max=mode.cap - 1)]
         )
         waiting += one
-        logits = rows.lm.draft(hidden, mode.exit_index)[:, 0]
+        logits = rows.draft(hidden)[:, 0]
         sure = logits.float().softmax(-1).amax(-1) >= mode.threshold
         leaving = rows.alive & sure & (waiting < mode.cap)
         token, used = rows.choose(logits), torch.full_like(rows.length, depth)

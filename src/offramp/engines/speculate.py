@@ -64,8 +64,9 @@ def _round(rows: Rows, mode: Verify) -> None:
         hidden = rows.run(first + made, running.long(), 1, 0, rows.depth_of_exit)
         states.append(hidden)
         if not bool(drafting.any()):
+            rows.observe(hidden)  # drafted from by no row, yet a draft of the next round attends to it
             break
-        logits = rows.sampling.penalised(rows.lm.draft(hidden, mode.exit_index)[:, 0], seen)
+        logits = rows.sampling.penalised(rows.draft(hidden)[:, 0], seen)
         likely = logits.float().softmax(-1)
         q, token = _draft(rows, mode, logits, first + made + 1)
         drafts.append(token)

@@ -18,6 +18,10 @@ from torch import Tensor, nn
 from offramp.core.errors import InvalidInput
 
 
+def _no_block(number: int, fresh: bool) -> nn.Module:
+    raise InvalidInput("This model's ending was described without its blocks, so an exit cannot have one like them.")
+
+
 @dataclass(frozen=True)
 class Ending:
     """How the model itself ends, which exits reuse.
@@ -29,6 +33,9 @@ class Ending:
         output: the output layer, whose rows are the vocabulary.
         width: ``W``.
         vocabulary: ``V``.
+        after: what the model does between its norm and its output layer; for most, nothing.
+        attention_heads: of its blocks.
+        block: ``(number, fresh) -> module (hidden, step) -> hidden``: a block like the numbered one, with weights of its own.
     """
 
     norm: Callable[[Tensor], Tensor]
@@ -37,6 +44,9 @@ class Ending:
     output: nn.Module
     width: int
     vocabulary: int
+    after: Callable[[Tensor], Tensor] = lambda normed: normed
+    attention_heads: int = 1
+    block: Callable[[int, bool], nn.Module] = _no_block
 
 
 @runtime_checkable
@@ -53,9 +63,11 @@ class LMHead(nn.Module):
 
     Attributes:
         kept: int64 ``[T]`` ids that it can draft, or ``None`` for all.
+        cached: whether it has keys and values of its own (`offramp.exits.cached`); ``forward`` then takes a step too.
     """
 
     kept: Tensor | None = None
+    cached: bool = False
 
     def __init__(self, ending: Ending) -> None:
         super().__init__()
@@ -122,7 +134,7 @@ class _OwnNorm(LMHead):
         self.norm = copy.deepcopy(ending.norm_module).requires_grad_(True)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.ending[0].head(self.norm(hidden))
+        return self.ending[0].head(self.ending[0].after(self.norm(hidden)))
 
 
 class _Trimmed(LMHead):
