@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from offramp.backbones.attention import decoding_attention, masked_attention
+from offramp.backbones.attention import decoding_attention, masked_attention, wants_kernel
 from offramp.backbones.kv import KVCache, Writer
 from offramp.core.errors import UnsupportedModel
 from offramp.core.modes import evaluating
@@ -227,7 +227,11 @@ class Decoder:
         given: dict[str, Any] = {self._keyword: writer}
         if self._rotary is not None:
             given["position_embeddings"] = self._rotation(hidden, step, self._kinds[index])
-        after: Tensor = block(hidden, attention_mask=step.mask(self.windows[index]), position_ids=step.positions, **given)
+        kernel = wants_kernel(hidden.device, hidden.shape[1], self.head_width)
+        if kernel:  # it knows what to read from the positions
+            given |= {"cache_positions": step.positions, "cache_window": self.windows[index]}
+        mask = None if kernel else step.mask(self.windows[index])
+        after: Tensor = block(hidden, attention_mask=mask, position_ids=step.positions, **given)
         return after
 
     def _rotation(self, hidden: Tensor, step: Step, kind: str | None) -> Any:

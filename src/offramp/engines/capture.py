@@ -87,6 +87,13 @@ class Mailbox:
         """Whether all values have arrived."""
         return bool(self._view[-1] >= 0 and self._view.min() >= 0)
 
+    def at_least(self, first: int) -> list[int]:
+        """Spin until the first value, a counter that only rises, has reached ``first``. Returns all; the others may be newer."""
+        while self._view[0] < first:
+            pass
+        values: list[int] = self._view.tolist()
+        return values
+
     def wait(self) -> list[int]:
         """Spin until all values have arrived."""
         while not self.ready:
