@@ -165,8 +165,8 @@ class Decoder:
         rotations = _rotations(self._rotary)
         if any("dynamic" in kind for kind in rotations):
             raise UnsupportedModel(
-                f"{name} rotates by frequencies that change with the length of the text (rope_type 'dynamic'), so that keys in a cache would "
-                "go stale and rows of a batch would change each other."
+                f"{name} rotates by frequencies that change with the length of the text (rope_type 'dynamic'), so that keys in a cache "
+                "would go stale and rows of a batch would change each other."
             )
         self.max_positions: int | None = getattr(config, "max_position_embeddings", None) if self._table is not None else None
         if "longrope" in rotations:  # whose frequencies change beyond this length
