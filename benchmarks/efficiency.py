@@ -237,6 +237,9 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=0.27)
     parser.add_argument("--modes", default="latency,quota,never,throughput", help="which to measure beside the full model")
     parser.add_argument("--pool", choices=("mean", "token"), default="mean", help="what the linear heads read")
+    parser.add_argument(
+        "--attention", choices=("default", "flash"), default="default", help="flash: not cuDNN's, for full model and engine"
+    )
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--out", required=True)
     args = parser.parse_args()
@@ -245,6 +248,8 @@ def main() -> None:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, args.dtype)
+    if args.attention == "flash":
+        torch.backends.cuda.enable_cudnn_sdp(False)
     torch.manual_seed(0)
     model = timm.create_model(args.model).eval().to(device, dtype)
     images = inputs(args.items, args.size, device, dtype)
@@ -261,6 +266,7 @@ def main() -> None:
         "dtype": args.dtype,
         "exits": list(net.at),
         "pool": args.pool,
+        "attention": args.attention,
         "planned_shares": plan.shares,
         "environment": environ,
     }
