@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from offramp.backbones.added import OwnBlock, whole
 from offramp.backbones.decoder import Decoder, Step, decoder
 from offramp.backbones.kv import KVCache
-from offramp.core.bundle import fingerprint, load_bundle, save_bundle
-from offramp.core.errors import ArtifactError, FingerprintMismatch, InvalidInput
+from offramp.core.bundle import check_base, fingerprint, load_bundle, save_bundle
+from offramp.core.errors import ArtifactError, InvalidInput
 from offramp.core.parts import part_from_dict, part_to_dict
 from offramp.exits.cached import Adapter, Block
 from offramp.exits.lm import Ending, LMHead, LMHeadSpec, OwnNorm, Shared, Trimmed
@@ -151,11 +151,7 @@ def load_lm(model: nn.Module, folder: str | os.PathLike[str]) -> LanguageModel:
         expected = str(content["fingerprint"])
     except (KeyError, TypeError, ValueError) as error:
         raise ArtifactError(f"The exits in {folder} lack or garble a field: {error}.") from error
-    if (found := fingerprint(model)) != expected:
-        raise FingerprintMismatch(
-            f"The exits in {folder} were trained on a {content.get('base')} with fingerprint {expected[:12]}...; "
-            f"this {type(model).__qualname__} has {found[:12]}.... Load the weights the exits were trained on, or attach and fit new ones."
-        )
+    check_base(model, content.get("base"), expected, folder)
     made = attach_lm(model, exits, specs)
     try:
         made.heads.load_state_dict(tensors)

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 import offramp.exits
 import offramp.policies
 from offramp.backbones import Cut, Taps, cut, repeated_blocks
-from offramp.core.bundle import fingerprint, load_bundle, save_bundle
+from offramp.core.bundle import check_base, fingerprint, load_bundle, save_bundle
 from offramp.core.certificate import Plan
 from offramp.core.errors import ArtifactError, FingerprintMismatch, InvalidInput, NotCuttable
 from offramp.core.flops import count_flops
@@ -414,11 +414,8 @@ def load(
                 f"names or shapes differ, first {unlike[0]!r}. Build the model as it was when the exits were saved."
             )
         model.load_state_dict(weights)
-    elif (found := fingerprint(model)) != expected:
-        raise FingerprintMismatch(
-            f"The exits in {folder} were trained on a {content.get('base')} with fingerprint {expected[:12]}...; "
-            f"this {type(model).__qualname__} has {found[:12]}.... Load the weights the exits were trained on, or attach and fit new ones."
-        )
+    else:
+        check_base(model, content.get("base"), expected, folder)
     net = attach(model, paths, example=example, head=specs, select=select, system=system, num_outputs=num_outputs)
     try:
         net.heads.load_state_dict({k.removeprefix("heads."): v for k, v in tensors.items() if k.startswith("heads.")})

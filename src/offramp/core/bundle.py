@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from offramp.core.errors import ArtifactError
+from offramp.core.errors import ArtifactError, FingerprintMismatch
 
 FORMAT = "offramp"
 FORMAT_VERSION = 1
@@ -36,6 +36,25 @@ def fingerprint(model: nn.Module) -> str:
         flat = tensor.detach().to("cpu").contiguous().reshape(-1)
         digest.update(memoryview(flat.view(torch.uint8).numpy()))
     return digest.hexdigest()
+
+
+def check_base(model: nn.Module, base: object, expected: str, folder: str | os.PathLike[str]) -> None:
+    """Refuse a model that exits were not trained on.
+
+    Args:
+        model: to put them on.
+        base: class name of the model they were trained on, for the message.
+        expected: its fingerprint.
+        folder: where they are saved, for the message.
+
+    Raises:
+        FingerprintMismatch: it is another model, or has other weights.
+    """
+    if (found := fingerprint(model)) != expected:
+        raise FingerprintMismatch(
+            f"The exits in {folder} were trained on a {base} with fingerprint {expected[:12]}...; this {type(model).__qualname__} has "
+            f"{found[:12]}.... Load the weights the exits were trained on, or attach and fit new ones."
+        )
 
 
 def write_atomic(path: str | os.PathLike[str], write: Callable[[Path], object]) -> None:

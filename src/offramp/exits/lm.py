@@ -66,12 +66,13 @@ class LMHead(nn.Module):
         cached: whether it has keys and values of its own (`offramp.exits.cached`); ``forward`` then takes a step too.
     """
 
-    kept: Tensor | None = None
+    kept: Tensor | None
     cached: bool = False
 
     def __init__(self, ending: Ending) -> None:
         super().__init__()
         self.ending = (ending,)  # in a tuple: the model's modules are not the exit's
+        self.register_buffer("kept", None)
 
     def forward(self, hidden: Tensor) -> Tensor:
         raise NotImplementedError
