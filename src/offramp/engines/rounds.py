@@ -20,7 +20,7 @@ from offramp.core.errors import InvalidInput
 from offramp.core.modes import evaluating
 from offramp.engines.capture import Graph, Mailbox, Recorder
 from offramp.engines.decoding import Generation, Rows
-from offramp.engines.sampling import Noise, Sampling, accept, draw
+from offramp.engines.sampling import Noise, Sampling, accept, accept_greedy, draw
 from offramp.language import LanguageModel
 
 
@@ -93,8 +93,10 @@ class Rounds:
 
     def _make_draft(self, hidden: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         logits = self.lm.draft(hidden, self.exit_index)[:, 0]
+        if not self.sampling.do_sample:  # no distribution is needed to compare tokens
+            return logits.argmax(-1), logits[:, :0]
         q = self.sampling.probabilities(logits)
-        return (draw(q, noise) if self.sampling.do_sample else logits.argmax(-1)), q
+        return draw(q, noise), q
 
     def _run_deep(self, states: Tensor, first: Tensor, alive: Tensor) -> Tensor:
         positions = first[:, None] + torch.arange(states.shape[1], device=first.device)
@@ -103,10 +105,13 @@ class Rounds:
 
     def _end(self, logits: Tensor, first: Tensor, drafts: Tensor, drafted: Tensor) -> None:
         state, width = self.state, logits.shape[1]
-        noise_at = first[:, None] + 1 + torch.arange(width, device=first.device)
-        wanted = self.sampling.probabilities(logits)
         room = (state.limit - state.length - 1).clamp(min=0, max=self.draft_length)
-        kept, after = accept(drafts, drafted, wanted, room, state.noise.at(noise_at[:, :-1], 1), state.noise.at(noise_at, 2))
+        if self.sampling.do_sample:
+            noise_at = first[:, None] + 1 + torch.arange(width, device=first.device)
+            wanted = self.sampling.probabilities(logits)
+            kept, after = accept(drafts, drafted, wanted, room, state.noise.at(noise_at[:, :-1], 1), state.noise.at(noise_at, 2))
+        else:
+            kept, after = accept_greedy(drafts, logits.argmax(-1), room)
         place = torch.arange(width, device=first.device)
         if width > 1:
             self.tried += (state.alive[:, None] & (place[:-1] < room[:, None])).sum(0)

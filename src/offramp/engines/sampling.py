@@ -125,3 +125,20 @@ def accept(drafts: Tensor, drafted: Tensor, wanted: Tensor, counts: Tensor, acce
         rejected = (count < counts)[:, None] & (over.sum(-1, keepdim=True) > 0)  # nothing over: p equals q, up to rounding
         final = torch.where(rejected, over, final)
     return count, draw(final, drawing[row, count])
+
+
+def accept_greedy(drafts: Tensor, wanted: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """`accept` without chance: drafts are kept while they are the model's most likely token.
+
+    Args:
+        drafts: int64 ``[B, K]``.
+        wanted: int64 ``[B, K + 1]`` most likely token at every position.
+        counts: int64 ``[B]`` drafts of each row, at most ``K``.
+
+    Returns:
+        Kept drafts (int64 ``[B]``) and the next token (int64 ``[B]``).
+    """
+    place = torch.arange(drafts.shape[1], device=drafts.device)
+    kept = (drafts == wanted[:, :-1]) & (place < counts[:, None])
+    count = kept.long().cumprod(1).sum(1)
+    return count, wanted.gather(1, count[:, None]).squeeze(1)
