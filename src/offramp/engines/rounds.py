@@ -134,7 +134,8 @@ class Rounds:
             hidden = self._shallow(token, first + made, state.alive)
             states.append(hidden)
             if made < self.draft_length:
-                token, q = self._draft(hidden, state.noise.at((first + made + 1)[:, None], 0).squeeze(1))
+                chance = state.noise.at((first + made + 1)[:, None], 0).squeeze(1) if self.sampling.do_sample else first
+                token, q = self._draft(hidden, chance)
                 drafts.append(token)
                 drafted.append(q)
         logits = self._deep(torch.cat(states, dim=1), first, state.alive)
