@@ -4,19 +4,26 @@ A round: the blocks before the exit write a few drafts, one more token's state i
 over states that the drafting left, gives the model's logits for every draft and for the token after the last. The blocks before the exit
 never run twice, and rows keep as many drafts as each of them may.
 
+How many drafts a row makes is a rule's choice (`offramp.policies.draft_stop`). The text does not depend on it when greedy, and its law does
+not when sampling: whether a position is drafted is decided before its draft exists and without the numbers that will judge it, and what a
+rule remembers of a round ends with the first rejected draft, so that numbers of discarded positions are as good as unseen when those
+positions come again. The rule's own random numbers come from a stream of their own, from the row's seed.
+
 Shapes: ``B`` rows, ``K`` drafts, ``V`` vocabulary.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from offramp.core.errors import InvalidInput
+from offramp.core.types import RuleState
 from offramp.engines.decoding import Rows
 from offramp.engines.sampling import Sampling, accept, draw
+from offramp.policies.draft_stop import DraftStop, FixedLength
 
 
 @dataclass(frozen=True)
@@ -25,30 +32,67 @@ class Verify:
 
     Attributes:
         draft_length: most drafts in a round, at least 1.
-        stop_below: a row stops drafting after a draft less likely than this, in [0, 1] (Kangaroo's ``eta``); 0 = never.
+        stop: whether a row makes another draft.
         sample_drafts: when sampling, draw the drafts too; else the most likely token is drafted and verified as a certain choice.
         exit_index: which exit.
     """
 
     draft_length: int = 4
-    stop_below: float = 0.0
+    stop: DraftStop = field(default_factory=FixedLength)
     sample_drafts: bool = True
     exit_index: int = 0
 
     def __post_init__(self) -> None:
-        if self.draft_length < 1 or not 0 <= self.stop_below <= 1:
-            raise InvalidInput(f"draft_length must be at least 1 and stop_below in [0, 1], got {self.draft_length} and {self.stop_below}.")
+        if self.draft_length < 1:
+            raise InvalidInput(f"draft_length must be at least 1, got {self.draft_length}.")
+        if not isinstance(self.stop, DraftStop):
+            raise InvalidInput(f"stop must be a rule of offramp.policies.draft_stop such as BelowProbability(0.6), got {self.stop!r}.")
+
+
+@dataclass(frozen=True)
+class Chances:
+    """The stop rule's own random numbers: one for each row, start of a round and draft of it, from the row's seed alone.
+
+    Attributes:
+        values: ``[B, S, K]`` uniform numbers in [0, 1); ``[B, 1, 1]`` for a rule that needs none.
+    """
+
+    values: Tensor
+
+    @classmethod
+    def of(cls, rows: Rows, mode: Verify) -> Chances:
+        """For the rows of a call."""
+        device = rows.length.device
+        if not mode.stop.random:
+            return cls(torch.zeros(rows.count, 1, 1, device=device))
+        # No token is ever written at position 0: its numbers are free to seed another stream.
+        free = rows.noise.at(torch.zeros(rows.count, 1, dtype=torch.int64, device=device), 0).squeeze(1)
+        seeds = (free.double() * 2**53).long().tolist()
+        values = [torch.rand(rows.tokens.shape[1], mode.draft_length, generator=torch.Generator().manual_seed(s)) for s in seeds]
+        return cls(torch.stack(values).to(device))
+
+    def at(self, first: Tensor, made: int) -> Tensor:
+        """Numbers ``[B]`` for the decision after draft ``made`` (from 1) of the round that starts at ``first`` (int64 ``[B]``).
+
+        Every round starts further on than the last, so no number serves twice.
+        """
+        row = torch.arange(first.shape[0], device=first.device)
+        start = first.clamp(max=self.values.shape[1] - 1)
+        return self.values[row, start, min(made, self.values.shape[2]) - 1]
 
 
 def speculate(rows: Rows, mode: Verify) -> None:
     """Rounds until every row is finished."""
     rows.result.drafted = [0] * mode.draft_length
     rows.result.accepted = [0] * mode.draft_length
+    chances = Chances.of(rows, mode)
+    state = mode.stop.begin(rows.count, mode.draft_length, rows.length.device)
     while bool(rows.alive.any()):
-        _round(rows, mode)
+        state = one_round(rows, mode, chances, state)
 
 
-def _round(rows: Rows, mode: Verify) -> None:
+def one_round(rows: Rows, mode: Verify, chances: Chances, state: RuleState) -> RuleState:
+    """Draft, verify, append. Returns the stop rule's state for the next round."""
     alive = rows.alive
     first = rows.length - 1  # position of the newest token, which no block has seen
     room = (rows.limit - rows.length - 1).clamp(min=0, max=mode.draft_length)  # drafts that can still matter
@@ -76,8 +120,11 @@ def _round(rows: Rows, mode: Verify) -> None:
         if rows.sampling.repetition_penalty != 1.0:
             seen = seen.scatter(1, token[:, None], True)
         running = drafting
-        drafting = drafting & (counts < room) & (likely.gather(1, token[:, None]).squeeze(1) >= mode.stop_below)
-    _verify(rows, first, counts, states, drafts, drafted)
+        sure = likely.gather(1, token[:, None]).squeeze(1)
+        go, state = mode.stop.go(state, len(drafts), sure, chances.at(first, len(drafts)))
+        drafting = drafting & (counts < room) & go
+    kept = _verify(rows, first, counts, states, drafts, drafted)
+    return mode.stop.learn(state, counts, kept)
 
 
 def _draft(rows: Rows, mode: Verify, logits: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,7 +136,8 @@ def _draft(rows: Rows, mode: Verify, logits: Tensor, positions: Tensor) -> tuple
     return q, q.argmax(-1)
 
 
-def _verify(rows: Rows, first: Tensor, counts: Tensor, states: list[Tensor], drafts: list[Tensor], drafted: list[Tensor]) -> None:
+def _verify(rows: Rows, first: Tensor, counts: Tensor, states: list[Tensor], drafts: list[Tensor], drafted: list[Tensor]) -> Tensor:
+    """The deep pass; appends what is kept and the token after it. Returns how many drafts each row kept (int64 ``[B]``)."""
     blocks = len(rows.model)
     pending = torch.where(rows.alive, counts + 1, 0)
     hidden = rows.run(first, pending, len(states), rows.depth_of_exit, blocks, torch.cat(states, dim=1))
@@ -111,3 +159,4 @@ def _verify(rows: Rows, first: Tensor, counts: Tensor, states: list[Tensor], dra
     written = torch.cat([tried, after[:, None]], dim=1).scatter(1, kept[:, None], after[:, None])
     depths = torch.where(torch.arange(len(drafts) + 1, device=first.device) < kept[:, None], rows.depth_of_exit, blocks)
     rows.append(written, kept + 1, depths)
+    return kept

@@ -13,6 +13,7 @@ from offramp.core.errors import InvalidInput
 from offramp.engines.generate import Accept, Plain, Verify, generate
 from offramp.exits.cached import Adapter, Block
 from offramp.language import LanguageModel, attach_lm
+from offramp.policies.draft_stop import BelowProbability
 
 PROMPTS = [[5, 9, 2, 7, 1], [3], [8, 8, 4, 1, 6, 2, 9, 30], [11, 12], [1, 2, 3], [40, 41, 42, 43], [7], [6, 5, 4, 3, 2, 1]]
 HEADS = [Adapter(), Adapter(heads=2, key_heads=1), Block(), Block(like=1, fresh=True)]
@@ -50,7 +51,7 @@ def randomised(lm: LanguageModel) -> LanguageModel:
 def test_verified_text_is_that_of_plain_decoding(name, head, rows):
     lm = randomised(attach_lm(tiny(name), [2], head))
     plain = generate(lm, PROMPTS[:rows], Plain(), max_new_tokens=20)
-    for mode in (Verify(draft_length=1), Verify(draft_length=4), Verify(draft_length=4, stop_below=0.4)):
+    for mode in (Verify(draft_length=1), Verify(draft_length=4), Verify(draft_length=4, stop=BelowProbability(0.4))):
         found = generate(lm, PROMPTS[:rows], mode, max_new_tokens=20)
         assert found.tokens == plain.tokens
         assert sum(found.drafted) > 0
