@@ -121,8 +121,8 @@ class Cut:
         leaves, spec = _flat(args, kwargs, self._in_spec)
         if spec != self._in_spec:
             raise InvalidInput(
-                f"The inputs have another structure than the example: given {len(args)} positional and {sorted(kwargs)}, "
-                f"expected {self._in_spec}. Pass what was passed as `example`."
+                f"The inputs have another structure than the example: given {_shape_of(args, kwargs)}; expected "
+                f"{_shape_of(*tree_unflatten([v for _, v in self._placeholders], self._in_spec))}. Pass inputs as the example was passed."
             )
         values: dict[str, Tensor] = {}
         rows: int | None = None
@@ -203,6 +203,19 @@ def _select(value: Tensor, dim: int, rows: Tensor) -> Tensor:
     order = sorted(range(value.ndim), key=value.stride, reverse=True)
     back = sorted(range(value.ndim), key=order.__getitem__)
     return value.permute(order).index_select(order.index(dim), rows).permute(back)
+
+
+def _shape_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
+    """How a forward is called, in words: ``(tensor, tuple of 2, mask=tensor)``."""
+
+    def word(value: Any) -> str:
+        if isinstance(value, Tensor):
+            return "tensor"
+        if isinstance(value, Mapping):
+            return f"{type(value).__name__} of {', '.join(map(str, value)) or 'nothing'}"
+        return f"{type(value).__name__} of {len(value)}" if isinstance(value, list | tuple) else repr(value)[:60]
+
+    return f"({', '.join([*map(word, args), *(f'{k}={word(v)}' for k, v in kwargs.items())])})"
 
 
 def _flat(args: tuple[Any, ...], kwargs: Mapping[str, Any], spec: TreeSpec) -> tuple[list[Any], TreeSpec]:
@@ -342,11 +355,12 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], bat
         return exported.module(check_guards=False)
     except Exception as error:  # every exporter failure is the same to the caller: this model cannot be cut
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise NotCuttable(
-            f"torch.export cannot export {type(model).__name__}: {reason} Cut a submodule that it can export, or remove "
-            "data-dependent Python control flow from forward.",
-            reason="export",
-        ) from error
+        if "not a known type" in reason:  # the rest of that message speaks to developers of PyTorch
+            reason = reason.partition(" in output")[0] + " in the output."
+            advice = "Let the model return tensors: a transformers model that returns a cache does with model.config.use_cache = False."
+        else:
+            advice = "Cut a submodule that it can export, or remove data-dependent Python control flow from forward."
+        raise NotCuttable(f"torch.export cannot export {type(model).__name__}: {reason} {advice}", reason="export") from error
 
 
 def _named_shapes(model: nn.Module, shapes: tuple[Any, dict[str, Any]]) -> Any:

@@ -25,9 +25,20 @@ def resolve(model: nn.Module, path: str) -> nn.Module:
     modules = dict(model.named_modules())
     if path and path in modules:
         return modules[path]
-    names = [n for n in modules if n]
-    near = difflib.get_close_matches(path, names, n=5, cutoff=0.3) or names[:5]
+    near = _near(model, path)
     raise NotCuttable(f"{type(model).__name__} has no module at {path!r}.", reason="missing", path=path, suggestions=near)
+
+
+def _near(model: nn.Module, path: str) -> list[str]:
+    """Up to five module paths spelled like ``path``; it and what is inside it are left out."""
+    names = [n for n, _ in model.named_modules() if n and n != path and not n.startswith(f"{path}.")]
+    return difflib.get_close_matches(path, names, n=5, cutoff=0.3) or names[:5]
+
+
+def _instead(model: nn.Module, path: str) -> list[str]:
+    """Up to five modules to take instead of one that exists: the one around it first."""
+    parent = path.rpartition(".")[0]
+    return list(dict.fromkeys([*([parent] if parent else []), *_near(model, path)]))[:5]
 
 
 def first_tensor(output: Any) -> Tensor | None:
@@ -115,6 +126,7 @@ class Taps:
                     f"The module at {path!r} did not run in this forward. Choose a module that every input passes through.",
                     reason="unreached",
                     path=path,
+                    suggestions=_instead(self.model, path),
                 )
             if calls > 1:
                 raise NotCuttable(
@@ -122,6 +134,7 @@ class Taps:
                     "Choose a module that runs once.",
                     reason="repeated",
                     path=path,
+                    suggestions=_instead(self.model, path),
                 )
             if _version(self._seen[path]) != self._versions[path]:
                 raise NotCuttable(

@@ -74,6 +74,10 @@ def exit_latency_ms(trace: Trace, batch_size: int = 1) -> F64:
     return out
 
 
+_WORDS = {"mean_cost": "Mean cost", "mean_ms": "Mean time", "p95_ms": "95th percentile of the time"}
+_UNITS = {"mean_cost": " of the full model's FLOPs", "mean_ms": " ms", "p95_ms": " ms"}
+
+
 def _limit(trace: Trace, target: MeanCost | Latency) -> _Limit:
     if isinstance(target, MeanCost):
         return _Limit("mean_cost", _relative_cost(trace), target.fraction, target.fraction, FLOPS)
@@ -154,6 +158,7 @@ def calibrate(trace: Trace, rule: Rule, target: Target, *, method: CostMethod | 
     """
     if not 0 < level < 1:
         raise InvalidInput(f"level must lie inside (0, 1), got {level}.")
+    _check_kinds(trace, rule, target)
     scores = trace.scores(rule)
     if scores.shape != trace.predictions.shape:
         raise InvalidInput(f"scores must be {tuple(trace.predictions.shape)}, got {tuple(scores.shape)}.")
@@ -183,6 +188,16 @@ def calibrate(trace: Trace, rule: Rule, target: Target, *, method: CostMethod | 
             stacklevel=2,
         )
     return plan
+
+
+def _check_kinds(trace: object, rule: object, target: object) -> None:
+    """Refuse arguments in the wrong order, classes in place of objects, and bare numbers, which have no one meaning as a target."""
+    if not isinstance(trace, Trace):
+        raise InvalidInput(f"calibrate(trace, rule, target) takes a Trace first, as record() gives it; got {trace!r:.200}.")
+    if isinstance(rule, type) or not hasattr(rule, "needs_hidden"):  # a rule whose scores were recorded need not score again
+        raise InvalidInput(f"The second argument is a rule, as in Confidence(); got {rule!r:.200}.")
+    if isinstance(target, type) or not isinstance(target, (MeanCost, Risk, Latency, PeakCost, Utility, ExitShares, All)):
+        raise InvalidInput(f"The third argument is a target, as in MeanCost(0.5) or Risk(max_drop=0.01, delta=0.05); got {target!r:.200}.")
 
 
 def _without(
@@ -327,8 +342,7 @@ def _by_cost(work: _Work, parts: tuple[Target, ...], limits: list[_Limit], metho
     else:
         requested |= {limit.name: limit.requested for limit in limits}
         thresholds = _meet_all(work, limits, losses, chosen)
-        statement = "; ".join(f"{limit.name} at most {limit.requested:.4g}" for limit in limits) + "."
-        statement = statement[0].upper() + statement[1:]
+        statement = "; ".join(f"{_WORDS[limit.name]} at most {limit.requested:.4g}{_UNITS[limit.name]}" for limit in limits) + "."
     thresholds = work.full(thresholds)
     realised = evaluate_columns(trace, work.cols, thresholds, work.level)
     more = _limit_estimates(trace, realised, work.level, parts)

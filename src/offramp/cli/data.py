@@ -26,6 +26,7 @@ import gzip
 import io
 import lzma
 import math
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -242,8 +243,8 @@ def _open(file: Path | io.BytesIO, name: str = "") -> Any:
 def _arrays(path: Path, options: _Options) -> Records:
     try:
         archive = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise InvalidInput(f"{path} is not an .npz file ({error}).") from error
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise InvalidInput(f"{path} is not an .npz file, or is truncated ({error}).") from error
     with archive:
         held = list(archive.files)
         if len(options.keys) > 2:

@@ -165,7 +165,14 @@ def _python(rest: str, kind: str | None, num_classes: int | None, pretrained: bo
         near = difflib.get_close_matches(name, public, n=3, cutoff=0.4)
         raise InvalidInput(f"{where} has no function {name!r}." + (f" Nearest: {', '.join(near)}." if near else ""))
     takes = inspect.signature(make).parameters
-    model = make(num_classes=num_classes) if num_classes is not None and "num_classes" in takes else make()
+    empty = inspect.Parameter.empty
+    positional = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    given = {"num_classes": num_classes} if num_classes is not None and "num_classes" in takes else {}
+    missing = [n for n, p in takes.items() if p.default is empty and p.kind not in positional and n not in given]
+    if missing:
+        hint = " Give --num-classes." if missing == ["num_classes"] else ""
+        raise InvalidInput(f"python:{rest} is called with num_classes at most, but it also needs {', '.join(missing)}.{hint}")
+    model = make(**given)
     if not isinstance(model, nn.Module):
         raise InvalidInput(f"python:{rest} returned a {type(model).__name__}; expected a torch.nn.Module.")
     return Loaded(model, images=getattr(model, "offramp_images", None))

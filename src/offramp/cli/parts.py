@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -38,7 +39,8 @@ def _make(node: ast.expr, known: Mapping[str, type], what: str, text: str, top: 
         try:
             return kind(*args, **named)
         except TypeError as error:
-            raise InvalidInput(f"{kind.__name__}: {error}.") from error
+            takes = ", ".join(inspect.signature(kind).parameters)
+            raise InvalidInput(f"{kind.__name__}({takes}) was written {text!r}: {error}.") from error
     if isinstance(node, ast.Name):
         kind = _lookup(node.id, known, what)
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,7 +16,7 @@ from offramp.cli.data import Records
 from offramp.cli.options import DataFlags, ModelFlags, RunFlags, command, console, whole_numbers
 from offramp.core.bundle import read_json, write_json
 from offramp.core.certificate import Plan
-from offramp.core.errors import InvalidInput
+from offramp.core.errors import InvalidInput, NoEffectWarning, NoSavingWarning
 from offramp.core.trace import Trace
 from offramp.engines import classify
 from offramp.measure.clock import compare, environment
@@ -164,6 +165,14 @@ def bench(
                 )
     write_json(run.out / "bench.json", {"runs": results, "environment": environment(net.device)})
     table("Milliseconds per batch", ("mode", "batch", "full model", "plan", "plan p95", "times as fast", "exit efficiency"), rows)
+    for result in results:
+        if result["median_ms"] > result["full_ms"] and result["shares"][-1] < 1:
+            warnings.warn(
+                f"{result['name']}: the plan leaves early and still takes {result['median_ms'] / result['full_ms']:.2f} times as long as "
+                "the full model here. Try larger batches, or run the model as it is.",
+                NoSavingWarning,
+                stacklevel=2,
+            )
 
 
 def _batches(net: MultiExit, records: Records, size: int, count: int) -> list[Example]:
@@ -174,7 +183,9 @@ def _batches(net: MultiExit, records: Records, size: int, count: int) -> list[Ex
 
 def _time(net: MultiExit, plan: Plan, mode: str, size: int, ready: list[Example], warmup: int, repeats: int) -> dict[str, Any]:
     runner = classify.compile(net, plan, _mode(mode, size))
-    whole = classify.compile(net, never(net, plan.rule), _mode("latency", size), measure=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NoEffectWarning)  # the yardstick is meant to run the whole model
+        whole = classify.compile(net, never(net, plan.rule), _mode("latency", size), measure=False)
     count = len(ready)
 
     def eager() -> None:

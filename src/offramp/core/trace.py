@@ -123,6 +123,11 @@ class Trace:
             if scores.shape != self.predictions.shape:
                 raise InvalidInput(f"The recorded scores of {key} must be {tuple(self.predictions.shape)}, got {tuple(scores.shape)}.")
 
+    def __repr__(self) -> str:
+        held = [n for n in ("losses", "labels", "logits", "latency") if getattr(self, n) is not None]
+        rules = f", scores of {len(self.recorded)} rules" if self.recorded else ""
+        return f"Trace({self.items} items, exits {', '.join(self.exits)}; holds {', '.join(held) or 'predictions alone'}{rules})"
+
     @property
     def items(self) -> int:
         return int(self.predictions.shape[0])

@@ -39,6 +39,14 @@ def zero_one(logits: Tensor, labels: Tensor) -> Tensor:
     return (logits.argmax(dim=-1) != labels).float()
 
 
+def _batches(loader: Iterable[Any]) -> int | None:
+    """How many batches there will be, if the loader knows. A DataLoader of an iterable data set has a length that raises."""
+    try:
+        return len(loader) if isinstance(loader, Sized) else None
+    except TypeError:
+        return None
+
+
 def record(
     net: MultiExit,
     loader: Iterable[Any],
@@ -73,7 +81,7 @@ def record(
     seen = 0
     on_device = [placed(rule, net.device) for rule in rules]
     with torch.inference_mode(), evaluating(net), Progress(disable=not progress, transient=True) as bar:
-        task = bar.add_task("recording", total=len(loader) if isinstance(loader, Sized) else None)
+        task = bar.add_task("recording", total=_batches(loader))
         for batch in loader:
             args, kwargs, labels = unpack_batch(batch)
             args, kwargs = _to(args, net.device, net.dtype), _to(kwargs, net.device, net.dtype)

@@ -407,6 +407,8 @@ def overthinking_bars(facts: Overthinking, exits: Sequence[str], *, key: str, ti
         ax.yaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10]))
         ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{abs(100 * v):.6g} %"))
         ax.margins(0.06, 0.16)
+        low, high = ax.get_ylim()
+        ax.set_ylim(min(low, -0.01 if max(lost, default=0) else -0.004), max(high, 0.01))  # bars of nothing have no scale of their own
         _exit_ticks(ax, early)
         ax.set_ylabel("share of items")
         ax.set_xlabel("exit")

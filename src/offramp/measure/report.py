@@ -201,6 +201,8 @@ def _realised(name: str, trace: Trace, result: Outcome | None) -> Estimate | Non
         return None
     if name in ("mean_cost", "cost", "budget"):
         return _mean(result.cost)
+    if name == "left_early":
+        return _mean((result.exits < len(trace.exits) - 1).double())
     if name in ("max_drop", "accuracy_drop", "drop"):
         return _drop(result)
     if name in ("error", "max_error", "risk"):
@@ -280,7 +282,20 @@ def _summary(trace: Trace, named: Mapping[str, Plan], results: Mapping[str, Outc
 
 
 _SHARES = frozenset(
-    ("mean_cost", "cost", "budget", "max_drop", "accuracy_drop", "drop", "error", "max_error", "risk", "disagreement", "max_disagreement")
+    (
+        "mean_cost",
+        "cost",
+        "budget",
+        "max_drop",
+        "accuracy_drop",
+        "drop",
+        "error",
+        "max_error",
+        "risk",
+        "disagreement",
+        "max_disagreement",
+        "left_early",
+    )
 )
 
 

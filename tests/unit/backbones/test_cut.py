@@ -320,8 +320,8 @@ def test_wrong_inputs_say_what_is_wrong() -> None:
         made.begin(torch.randn(2, 6, 1))
     with pytest.raises(InvalidInput, match="float64"):
         made.begin(torch.randn(2, 6, dtype=torch.float64))
-    with pytest.raises(InvalidInput, match="structure"):
-        made.begin(torch.randn(2, 6), torch.randn(2, 6))
+    with pytest.raises(InvalidInput, match=r"structure.*given \(tensor, tensor, n=list of 1\); expected \(tensor\)"):
+        made.begin(torch.randn(2, 6), torch.randn(2, 6), n=[1])
     state = made.begin(torch.randn(2, 6))
     with pytest.raises(InvalidInput, match="Cannot run"):
         made.run(state, 1, 2)
@@ -391,6 +391,18 @@ def test_not_exportable() -> None:
     with pytest.raises(NotCuttable, match="cannot export Branching") as caught:
         cut(Branching(), ["blocks.0"], (torch.randn(2, 6),))
     assert caught.value.reason == "export"
+
+
+def test_a_model_that_returns_a_cache_names_the_way_out() -> None:
+    class Cache:
+        pass
+
+    class Remembering(Blocks):
+        def forward(self, x: Tensor):
+            return super().forward(x), Cache()
+
+    with pytest.raises(NotCuttable, match=r"Cache.*use_cache = False"):
+        cut(Remembering(), ["blocks.1"], (torch.randn(2, 6),))
 
 
 def test_batch_specialised_away() -> None:

@@ -192,3 +192,4 @@ def test_unreached_and_repeated() -> None:
             with pytest.raises(NotCuttable) as caught:
                 _ = taps.states
         assert caught.value.reason == reason and caught.value.path == path
+        assert caught.value.suggestions[0] == "blocks" and path not in caught.value.suggestions

@@ -269,6 +269,28 @@ def test_nonsense_is_refused(make: object) -> None:
         make()  # type: ignore[operator]
 
 
+@pytest.mark.parametrize(
+    ("rule", "target", "message"),
+    [
+        (RULE, 0.5, "target, as in MeanCost"),
+        (RULE, MeanCost, "target, as in MeanCost"),
+        (type(RULE), MeanCost(0.5), "rule, as in Confidence"),
+        (MeanCost(0.5), RULE, "rule, as in Confidence"),
+    ],
+)
+def test_arguments_of_other_kinds_are_refused(trace: Trace, rule: object, target: object, message: str) -> None:
+    """A bare number was once taken for no constraint at all, and gave the full model."""
+    with pytest.raises(InvalidInput, match=message):
+        calibrate(trace, rule, target)  # type: ignore[arg-type]
+    with pytest.raises(InvalidInput, match="takes a Trace first"):
+        calibrate(RULE, trace, MeanCost(0.5))  # type: ignore[arg-type]
+
+
+def test_statements_are_sentences(trace: Trace) -> None:
+    certificate = calibrate(trace, RULE, MeanCost(0.5)).certificate
+    assert certificate is not None and certificate.statement == "Mean cost at most 0.5 of the full model's FLOPs."
+
+
 def test_bad_traces_are_refused(trace: Trace) -> None:
     with pytest.raises(NotReplayable, match="copied cache"):
         calibrate(replace(trace, why_not_replayable="later tokens read a copied cache"), RULE, MeanCost(0.5))

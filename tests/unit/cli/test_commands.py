@@ -74,6 +74,9 @@ class TestTheWholeWay:
         runs = json.loads((run / "bench.json").read_text())["runs"]
         assert [(r["mode"], r["batch_size"]) for r in runs] == [("latency", 1), ("throughput", 1), ("latency", 4), ("throughput", 4)]
         assert all(len(s) == 3 and min(s) > 0 for r in runs for s in r["samples_ms"].values())
+        slow = [r["name"] for r in runs if r["median_ms"] > r["full_ms"] and r["shares"][-1] < 1]
+        assert all((f"{r['name']}: the plan leaves early and still takes" in result.output) == (r["name"] in slow) for r in runs)
+        assert "never leaves early" not in result.output, "the yardstick that runs the whole model is no plan of the user's"
 
         pytest.importorskip("matplotlib")
         result = offramp("report", "--config", run / "config.toml")  # the part is the one that was evaluated
@@ -158,6 +161,7 @@ class TestBadInput:
             ("python:{toy}/none.py:make", "No file at"),
             ("python:{toy}/net.py:mak", "Nearest: make"),
             ("python:{toy}/net.py:not_a_model", "returned a int"),
+            ("python:{toy}/net.py:needs_more", "also needs width, depth"),
         ],
     )
     def test_models(self, fit: Call, toy: Path, model: str, message: str) -> None:

@@ -173,6 +173,11 @@ class TestArrays:
         (tmp_path / "a.npz").write_bytes(b"hello")
         with pytest.raises(InvalidInput, match=r"not an .npz file"):
             data.read(str(tmp_path / "a.npz"))
+        np.savez(tmp_path / "b.npz", x=np.zeros((3, 2), np.float32), y=np.arange(3))
+        for kept in (30, 200, -20):
+            (tmp_path / "a.npz").write_bytes((tmp_path / "b.npz").read_bytes()[:kept])
+            with pytest.raises(InvalidInput, match=r"truncated"):
+                data.read(str(tmp_path / "a.npz"))
 
 
 class TestTables:

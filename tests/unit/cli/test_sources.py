@@ -160,6 +160,10 @@ class TestParts:
         with pytest.raises(InvalidInput):
             parse_part(text, PARTS, "rule")
 
+    def test_wrong_arguments_show_the_right_ones(self) -> None:
+        with pytest.raises(InvalidInput, match=r"AnyOf\(rules\) was written 'AnyOf\(Margin, Patience\)'"):
+            parse_part("AnyOf(Margin, Patience)", PARTS, "rule")
+
     def test_bad_values_are_the_parts_own_errors(self) -> None:
         with pytest.raises(InvalidInput, match="temperature"):
             parse_part("Tempered(Margin(), (0,))", PARTS, "rule")

@@ -102,6 +102,12 @@ def test_shapes_are_checked(changes, message):
         trace(**changes)
 
 
+def test_shown_in_one_line():
+    shown = repr(trace())
+    assert len(shown.splitlines()) == 1 and "items" in shown and all(name in shown for name in trace().exits) and "logits" in shown
+    assert "logits" not in repr(trace(logits=None))
+
+
 def test_scores_are_computed_from_logits_in_chunks():
     found = trace()
     for rule in (Confidence(), Patience()):

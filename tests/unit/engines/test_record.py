@@ -6,6 +6,7 @@ import pytest
 import torch
 from engine_models import AT, CLASSES, EXITS, items, network, rules, vector_model
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
 
 from offramp.core.errors import InvalidInput
 from offramp.core.parts import part_key
@@ -139,6 +140,15 @@ def test_modes_are_put_back():
         record(net, [torch.randn(2, 7)], progress=False)
     assert [m.training for m in net.modules()] == before
     assert not any(m._forward_hooks for m in net.modules())
+
+
+def test_a_loader_of_an_iterable_data_set_has_no_length():
+    class Rows(IterableDataset):
+        def __iter__(self):
+            yield from ((x, y) for images, targets in batches() for x, y in zip(images, targets, strict=True))
+
+    found, listed = record(network(), DataLoader(Rows(), 25)), record(network(), batches())
+    assert torch.equal(found.predictions, listed.predictions) and torch.equal(found.losses, listed.losses)
 
 
 def test_an_empty_loader():

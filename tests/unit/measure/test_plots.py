@@ -12,7 +12,8 @@ pytest.importorskip("matplotlib")
 
 from offramp.core.errors import InvalidInput
 from offramp.measure.pareto import Point, curve
-from offramp.measure.plots import Picture, pareto_chart, promise_histograms, score_distribution, standalone
+from offramp.measure.plots import Picture, overthinking_bars, pareto_chart, promise_histograms, score_distribution, standalone
+from offramp.measure.quality import Overthinking
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -20,6 +21,12 @@ SVG = "{http://www.w3.org/2000/svg}"
 def pareto(key: str = "p") -> Picture:
     lines = [curve("a < b & c", [Point("x", 0.2, 0.7), Point("y", 1.0, 0.9)]), curve("other", [Point("z", 0.5, 0.75)])]
     return pareto_chart(lines, dots=[curve("static", [Point("s", 0.6, 0.8)])], key=key, title="Quality & cost", size=(6.0, 3.0))
+
+
+def test_bars_of_nothing_keep_a_readable_scale() -> None:
+    nothing = Overthinking(0.0, 1.0, 1.0, 0.2, torch.zeros(2), torch.zeros(2), torch.zeros(5, dtype=torch.int64))
+    words = "".join(ElementTree.fromstring(standalone(overthinking_bars(nothing, ("a", "b", "output"), key="o"))).itertext())
+    assert re.search(r"\d %", words) and not re.search(r"\de-\d", words)
 
 
 def test_a_file_stands_by_itself() -> None:
