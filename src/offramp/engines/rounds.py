@@ -150,8 +150,9 @@ class Rounds:
     def graph(self) -> Graph:
         """The captured round; captured on first use, with no row alive, so that running it changes nothing."""
         if self._graph is None:
-            self.state.alive.zero_()
-            self._graph = self.recorder.graph(self._round)
+            with torch.inference_mode():
+                self.state.alive.zero_()
+                self._graph = self.recorder.graph(self._round)
         return self._graph
 
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int = 20, seeds: Sequence[int] | None = None) -> Generation:
