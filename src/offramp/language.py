@@ -48,6 +48,14 @@ class LanguageModel(nn.Module):
         """The user's model."""
         return self.decoder.model
 
+    @property
+    def block_paths(self) -> tuple[str, ...]:
+        """Module path of every block of the user's model, in order."""
+        trunk = self.decoder.trunk
+        prefix = next(name for name, module in self.model.named_modules() if module is trunk)
+        listed = next(n for n, m in trunk.named_children() if isinstance(m, nn.ModuleList) and len(m) == len(self.decoder))
+        return tuple(".".join(filter(None, (prefix, listed, str(k)))) for k in range(len(self.decoder)))
+
     def draft(self, hidden: Tensor, exit_index: int = 0, step: Step | None = None) -> Tensor:
         """Logits ``[B, Q, V]`` of an exit from the states ``[B, Q, W]`` it reads.
 

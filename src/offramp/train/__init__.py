@@ -23,12 +23,13 @@ from offramp.train.recipe import (
     TwoStage,
     Weights,
 )
+from offramp.train.text import NextToken, packed, text_loader, texts_in
 
 PARTS: dict[str, type] = {
     c.__name__: c
     for c in (
         Alternating, BestDepth, CrossEntropy, Distill, EarlyWeighted, Equal, Explicit, FinalOnly, Frozen, Gates, IndexWeighted, Joint,
-        MeanSquared, Ponder, PredictLoss, Ramp, TargetExit, ToLast, ToNext, TwoStage, Wrongness,
+        MeanSquared, NextToken, Ponder, PredictLoss, Ramp, TargetExit, ToLast, ToNext, TwoStage, Wrongness,
     )
 }  # fmt: skip
 """Every part of this folder by name: what a saved recipe may name (a rule inside of `Gates` comes from `offramp.policies.PARTS`)."""
@@ -46,5 +47,8 @@ __all__ = [
     "Weights",
     "fit",
     "load_best",
+    "packed",
     "read_metrics",
+    "text_loader",
+    "texts_in",
 ]

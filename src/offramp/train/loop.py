@@ -18,13 +18,14 @@ from offramp.core.batches import Batch
 from offramp.core.bundle import save_bundle
 from offramp.core.errors import InvalidInput
 from offramp.core.modes import evaluating, modes_kept
+from offramp.language import LanguageModel
 from offramp.network import MultiExit
 from offramp.train.equilibrium import equilibrium
 from offramp.train.evaluate import evaluate
 from offramp.train.losses import CrossEntropy, ItemLoss, NonFiniteLoss
 from offramp.train.metrics import MetricsLog
 from offramp.train.order import Order, Place, check_loader, preserved_random_state, seed_all, seed_order, seeded_samplers
-from offramp.train.recipe import Joint, Recipe, allot
+from offramp.train.recipe import Distill, Frozen, Joint, Recipe, allot
 from offramp.train.resume import Checkpoints, load_best
 from offramp.train.setup import (
     Bar,
@@ -39,6 +40,7 @@ from offramp.train.setup import (
 )
 from offramp.train.sharding import agree, check_sharding, copied, gather, prepare
 from offramp.train.step import Work, take_step
+from offramp.train.text import NextToken, TextNet
 from offramp.train.trainee import Trainee, make_optimizer, only_trained, own_frozen
 
 if TYPE_CHECKING:
@@ -65,7 +67,7 @@ class FitResult:
 
 
 def fit(
-    net: MultiExit,
+    net: MultiExit | LanguageModel,
     train_loader: Iterable[Any],
     recipe: Recipe | None = None,
     *,
@@ -95,15 +97,17 @@ def fit(
     caller's random state are given back; the network stays on the device accelerate put it on (with FSDP, where it was).
 
     Args:
-        net: made by `offramp.attach`. Parameters with ``requires_grad=False`` stay as they are, and a module in eval mode
-            whose parameters are all frozen (a batch norm, say) stays in eval mode.
+        net: made by `offramp.attach`, or a language model from `offramp.language.attach_lm` (its batches: `offramp.train.text_loader`).
+            Parameters with ``requires_grad=False`` stay as they are, and a module in eval mode whose
+            parameters are all frozen (a batch norm, say) stays in eval mode.
         train_loader: a ``DataLoader`` or any re-iterable of batches; what a batch may be: `offramp.core.batches.unpack_batch`.
             In several processes it must be a ``DataLoader``; each process takes its share of the batches.
-        recipe: how; by default that of ``net.system``, else `Joint`.
+        recipe: how; by default that of ``net.system``, else `Joint`; for a language model, its exits alone learn what the model would say.
         epochs: > 0; divided among the phases of a recipe such as `TwoStage`.
         output_dir: gets ``metrics.jsonl``, ``checkpoints/`` and, with ``eval_loader``, ``best/``. ``None`` writes nothing.
         eval_loader: evaluated after each epoch.
-        loss: ``(logits, labels) -> [B]``; `CrossEntropy` by default, `MeanSquared` for regression, or any function.
+        loss: ``(logits, labels) -> [B]``; `CrossEntropy` by default, `NextToken` for language models, `MeanSquared` for
+            regression, or any function.
         optimizer: ``parameters -> optimizer``; AdamW by default, at 5e-5 for the model's weights and 1e-3 for new ones. Made
             anew for each phase.
         scheduler: ``(optimizer, steps of the phase) -> learning rate scheduler``, stepped once an optimizer step;
@@ -131,6 +135,11 @@ def fit(
         ArtifactError: no checkpoint in ``output_dir`` can be read.
         MissingExtra: accelerate is not installed.
     """
+    if isinstance(net, LanguageModel):
+        if accelerator is not None and check_sharding(accelerator):
+            raise InvalidInput("Sharded training of a language model with exits is not supported; use one process or DDP.")
+        net, loss = TextNet(net), loss or NextToken()
+        recipe = recipe if recipe is not None else Frozen(Distill(temperature=1.0, alpha=1.0))
     chosen = recipe if recipe is not None else (net.system.recipe if net.system is not None and net.system.recipe is not None else Joint())
     settings = Settings(
         epochs,
@@ -200,7 +209,7 @@ class _Run:
         with only_trained(self.net, recipe):
             own = Trainee(self.net, recipe, self.still)
             trainee = copied(own) if self.sharded else own
-            with equilibrium(trainee.net) if recipe.equilibrium else nullcontext():
+            with equilibrium(trainee.net) if recipe.equilibrium else nullcontext(), recipe.around(trainee.net):
                 work = self._prepare(index, own, trainee, order.loader)
                 bar.start(f"phase {index + 1}/{len(self.phases)}" if len(self.phases) > 1 else "fit", work.steps, self.place.phase_step)
                 try:

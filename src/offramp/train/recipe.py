@@ -8,14 +8,18 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from offramp.core.errors import InvalidInput
 from offramp.train.losses import ItemLoss, divergence, per_item
+
+if TYPE_CHECKING:
+    from offramp.network import MultiExit
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,10 @@ class Recipe(ABC):
     def module(self) -> nn.Module | None:
         """A module trained along with the network (a learned rule), or ``None``."""
         return None
+
+    def around(self, net: MultiExit) -> AbstractContextManager[None]:
+        """What holds of the network's forward while this recipe trains it, in training and in evaluation; entered once a phase."""
+        return nullcontext()
 
     def phases(self) -> tuple[Phase, ...]:
         """What is trained in turn; one phase unless the recipe is made of others."""
@@ -303,6 +311,9 @@ class Distill(Recipe):
     def equilibrium(self) -> bool:
         return self.inner.equilibrium
 
+    def around(self, net: MultiExit) -> AbstractContextManager[None]:
+        return self.inner.around(net)
+
     def objective(self, seen: Seen) -> Objective:
         if len(seen.logits) < 2:
             raise InvalidInput("Distill needs at least one early exit.")
@@ -336,6 +347,9 @@ class Frozen(Recipe):
     @property
     def trains_heads(self) -> bool:
         return self.inner.trains_heads
+
+    def around(self, net: MultiExit) -> AbstractContextManager[None]:
+        return self.inner.around(net)
 
     def objective(self, seen: Seen) -> Objective:
         return self.inner.objective(seen)

@@ -48,7 +48,10 @@ def check_settings(net: Any, recipe: Any, settings: Settings, accelerator: Any, 
         InvalidInput: says which.
     """
     if not isinstance(net, MultiExit):
-        raise InvalidInput(f"fit takes a network with exits, got {type(net).__name__}. Make one with offramp.attach(model, example=...).")
+        raise InvalidInput(
+            f"fit takes a network with exits, got {type(net).__name__}. Make one with offramp.attach(model, example=...), or of a language "
+            "model with attach_lm(model, exits)."
+        )
     if not isinstance(recipe, Recipe):
         raise InvalidInput(f"recipe must be a Recipe such as Joint(), got {recipe!r}.")
     for name in ("epochs", "gradient_accumulation_steps", "keep_checkpoints", "checkpoint_every", "max_steps"):
