@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from offramp.backbones.decoder import Step
 from offramp.core.errors import InvalidInput
 from offramp.core.modes import evaluating
 from offramp.engines.capture import Graph, Mailbox, Recorder
@@ -55,8 +56,6 @@ class Rounds:
             raise InvalidInput(
                 f"exit_index must be from 0 to {len(lm.exits) - 1}, as the model has {len(lm.exits)} exits; got {exit_index}."
             )
-        if draft_length and getattr(lm.heads[exit_index], "cached", False):
-            raise InvalidInput("Captured rounds know no exit with keys and values of its own yet; use offramp.engines.generate for it.")
         self.lm, self.model, self.draft_length = lm, lm.decoder, draft_length
         self.sampling = sampling if sampling is not None else Sampling()
         if self.sampling.repetition_penalty != 1.0:
@@ -77,12 +76,8 @@ class Rounds:
         self.slots = slots
         self.depth = lm.exits[exit_index] if draft_length else len(self.model)
         wrap = self.recorder.wrap
-        self._shallow, self._draft, self._deep, self._settle = (
-            wrap(self._run_shallow),
-            wrap(self._make_draft),
-            wrap(self._run_deep),
-            wrap(self._end),
-        )
+        self._shallow, self._draft, self._observe = wrap(self._run_shallow), wrap(self._make_draft), wrap(self._show)
+        self._deep, self._settle = wrap(self._run_deep), wrap(self._end)
         self._graph: Graph | None = None
 
     # What a round is made of. Each piece is compiled by itself, as the first two run several times in a round. ---------------------
@@ -91,12 +86,20 @@ class Rounds:
         step = self.model.step(self.state.cache, positions[:, None], running[:, None])
         return self.model.run(self.model.embed(tokens[:, None], step), 0, self.depth, step)
 
-    def _make_draft(self, hidden: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        logits = self.lm.draft(hidden, self.exit_index)[:, 0]
+    def _make_draft(self, hidden: Tensor, noise: Tensor, positions: Tensor, running: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self.lm.draft(hidden, self.exit_index, self._own_step(positions, running))[:, 0]
         if not self.sampling.do_sample:  # no distribution is needed to compare tokens
             return logits.argmax(-1), logits[:, :0]
         q = self.sampling.probabilities(logits)
         return draw(q, noise), q
+
+    def _show(self, hidden: Tensor, positions: Tensor, running: Tensor) -> None:
+        """Let an exit with a cache of its own see a token that it drafts nothing from."""
+        self.lm.observe(hidden, self.exit_index, self._own_step(positions, running))
+
+    def _own_step(self, positions: Tensor, running: Tensor) -> Step | None:
+        own = self.state.own
+        return None if own is None else self.model.step(own, positions[:, None], running[:, None])
 
     def _run_deep(self, states: Tensor, first: Tensor, alive: Tensor) -> Tensor:
         positions = first[:, None] + torch.arange(states.shape[1], device=first.device)
@@ -135,9 +138,11 @@ class Rounds:
             states.append(hidden)
             if made < self.draft_length:
                 chance = state.noise.at((first + made + 1)[:, None], 0).squeeze(1) if self.sampling.do_sample else first
-                token, q = self._draft(hidden, chance)
+                token, q = self._draft(hidden, chance, first + made, state.alive)
                 drafts.append(token)
                 drafted.append(q)
+            elif state.own is not None:
+                self._observe(hidden, first + made, state.alive)
         logits = self._deep(torch.cat(states, dim=1), first, state.alive)
         empty = first.new_zeros(state.count, 0)
         tried = torch.stack(drafts, dim=1) if drafts else empty

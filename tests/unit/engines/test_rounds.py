@@ -10,6 +10,8 @@ from offramp.engines.generate import Plain, generate
 from offramp.engines.rounds import Rounds
 from offramp.engines.sampling import Sampling
 from offramp.engines.speculate import Verify
+from offramp.exits.cached import Adapter
+from offramp.exits.lm import Trimmed
 from offramp.language import attach_lm
 
 transformers = pytest.importorskip("transformers")
@@ -57,6 +59,21 @@ def test_sampled_and_ended_as_the_reference(lm):
     found = run.generate(prompts(3), 30)
     assert (found.tokens, found.depth) == (expected.tokens, expected.depth)
     assert any(len(t) < 30 for t in found.tokens), "no row met an end token, so that was not tested"
+
+
+@pytest.mark.parametrize("head", [Adapter(), Trimmed(tuple(range(60)))], ids=lambda h: type(h).__name__)
+def test_other_exits(lm, head):
+    """An adapter sees every token once, also those that nothing is drafted from."""
+    other = attach_lm(lm.model, [2], head)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in other.heads.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    run = Rounds(other, 2, slots=60, draft_length=3)
+    for start in (0, 2, 4):
+        given = prompts()[start : start + 2]
+        expected, found = generate(other, given, Verify(draft_length=3), max_new_tokens=25), run.generate(given, 25)
+        assert (found.tokens, found.depth, found.accepted) == (expected.tokens, expected.depth, expected.accepted)
 
 
 def test_what_does_not_fit_is_refused(lm):
