@@ -137,7 +137,8 @@ def bench(
 ) -> None:
     """Time the plan against the full model on real items, sample by sample in turn.
 
-    Writes `bench.json` with all raw samples. The full model is timed both as it is and in the engine; ratios are to the faster.
+    Writes `bench.json` with all raw samples, and with accuracy and mean cost of the engine over all items if they have labels. The full
+    model is timed both as it is and in the engine; ratios are to the faster.
 
     Example: `offramp bench --config runs/photos/config.toml --part 0.8:1 --batch-sizes 1,32 --mode latency --mode throughput`
     """
@@ -149,7 +150,7 @@ def bench(
             ready = _batches(net, records, batch_size, batches)
             for name in mode or ["latency"]:
                 status.update(f"timing: {name}, batch {batch_size}")
-                result = _time(net, plan, name, batch_size, ready, warmup, repeats)
+                result = _time(net, plan, name, batch_size, ready, warmup, repeats, records)
                 results.append(result)
                 efficiency = result["exit_efficiency"]
                 rows.append(
@@ -181,7 +182,9 @@ def _batches(net: MultiExit, records: Records, size: int, count: int) -> list[Ex
     return [Example(*inputs).to(net.device, net.dtype) for inputs in without_labels(records.subset(wanted).loader(size))]
 
 
-def _time(net: MultiExit, plan: Plan, mode: str, size: int, ready: list[Example], warmup: int, repeats: int) -> dict[str, Any]:
+def _time(
+    net: MultiExit, plan: Plan, mode: str, size: int, ready: list[Example], warmup: int, repeats: int, records: Records
+) -> dict[str, Any]:
     runner = classify.compile(net, plan, _mode(mode, size))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NoEffectWarning)  # the yardstick is meant to run the whole model
@@ -218,8 +221,29 @@ def _time(net: MultiExit, plan: Plan, mode: str, size: int, ready: list[Example]
         "exit_efficiency": _efficiency(runner, exits_taken, size, median),
         "shares": _shares(exits_taken, len(plan.exits)).tolist(),
         "dropped": runner.dropped,
+        "fixed_exit_ms": _fixed_exits(runner, size),
+        **_quality(runner, records, size, net.costs()[1]),
         "samples_ms": samples,
     }
+
+
+def _quality(runner: classify.Runner, records: Records, size: int, base_cost: float) -> dict[str, float | None]:
+    """Accuracy and mean cost of the engine as it was timed, over all items (some exits may have been dropped)."""
+    if records.labels is None:
+        return {"accuracy": None, "mean_cost": None}
+    found = [(a.output.argmax(-1).cpu(), a.cost.cpu()) for a in runner.stream(without_labels(records.loader(size)))]
+    answered, spent = (torch.cat(parts) for parts in zip(*found, strict=True))
+    right = answered == records.labels
+    return {"accuracy": float(right.double().mean()), "mean_cost": float(spent.mean()) / base_cost}
+
+
+def _fixed_exits(runner: classify.Runner, size: int) -> list[float] | None:
+    """Milliseconds per batch if everyone left at each exit, by the engine's measured table."""
+    if runner.table is None or size not in runner.table.batch_sizes:
+        return None
+    column = runner.table.batch_sizes.index(size)
+    times: list[float] = (runner.table.segment_ms[:, column].cumsum(0) + runner.table.head_ms[:, column]).tolist()
+    return times
 
 
 def _efficiency(runner: Any, taken: torch.Tensor, size: int, median_ms: float) -> float | None:

@@ -254,6 +254,8 @@ def pareto_chart(
         if high - low < 0.02:  # nearly equal qualities are drawn as nearly equal, not stretched over the whole height
             middle = (low + high) / 2
             ax.set_ylim(middle - 0.01, middle + 0.01)
+        if ax.get_ylim()[1] > 1.005:  # no share is above 1; a little room for the markers
+            ax.set_ylim(top=1.005)
         if not share:
             # Times start at zero, so that distances on paper are ratios of time.
             ax.set_xlim(0, 1.06 * max(p.cost for p in [*points, *(q for c in [*curves, *dots] for q in c.points)]))

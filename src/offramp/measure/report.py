@@ -23,7 +23,7 @@ from offramp.measure.page import figure, page, paragraph, pixels, png_uri, table
 from offramp.measure.pareto import Curve, Point, anytime_curve, curve, mixture_curve, outcome_point, random_exit, sweep
 from offramp.measure.plots import percent
 from offramp.measure.quality import Outcome, exit_quality, exit_reliability, item_quality, monotonicity, outcome, overthinking
-from offramp.measure.statistics import accuracy_drop, bootstrap_difference, bootstrap_mean
+from offramp.measure.statistics import accuracy_drop, bootstrap_difference, bootstrap_mean, wilson
 
 _MAX_SMALL = 8
 """Small multiples shown at most; more exits than that are thinned evenly, and the page says so."""
@@ -63,7 +63,8 @@ def report(
             per item over this base model's.
         runs: measured engine runs. ``name`` (str), ``batch_size`` (int) and ``median_ms`` (float, *per batch*) are needed;
             ``mode``, ``p95_ms``, ``full_ms`` (the full model, same batch), ``exit_efficiency``, ``accuracy`` and ``mean_cost``
-            are shown if given; other keys are ignored.
+            are shown if given, and so is ``fixed_exit_ms`` (K numbers per batch: everyone leaves at that exit); other keys are
+            ignored.
         examples: the N inputs in the order of the trace: images ``[N, H, W]``, ``[N, H, W, C]`` uint8 or ``[N, C, H, W]`` float
             (C of 1, 3 or 4), or N strings.
         class_names: C names.
@@ -142,6 +143,8 @@ def _check(trace: Trace, named: Mapping[str, Plan], runs: Sequence[Mapping[str, 
             raise InvalidInput(f"runs[{i}] lacks {', '.join(missing)}; it has {sorted(run)}.")
         if int(run["batch_size"]) < 1 or not float(run["median_ms"]) > 0:
             raise InvalidInput(f"runs[{i}] needs batch_size >= 1 and median_ms > 0, got {run['batch_size']} and {run['median_ms']}.")
+        if run.get("fixed_exit_ms") is not None and len(run["fixed_exit_ms"]) != len(trace.exits):
+            raise InvalidInput(f"runs[{i}] has fixed_exit_ms of {len(run['fixed_exit_ms'])} exits, the trace has {len(trace.exits)}.")
     if examples is not None and len(examples) != trace.items:
         raise InvalidInput(f"examples must be the trace's {trace.items} items in order, got {len(examples)}.")
 
@@ -179,6 +182,8 @@ def _thin(count: int) -> list[int]:
 
 
 def _mean(values: Tensor, level: float = 0.95) -> Estimate:
+    if ((values == 0) | (values == 1)).all():  # resampling a share of 0 or 1 would claim certainty
+        return wilson(int(values.sum()), values.numel(), level)
     if values.numel() <= _BOOTSTRAP_ITEMS:
         return bootstrap_mean(values, level, draws=1000)
     x = values.double()
@@ -201,6 +206,9 @@ def _realised(name: str, trace: Trace, result: Outcome | None) -> Estimate | Non
         return None
     if name in ("mean_cost", "cost", "budget"):
         return _mean(result.cost)
+    if name == "peak_cost":
+        deepest = float(result.cost.max())
+        return Estimate(deepest, deepest, deepest, 0.95)
     if name == "left_early":
         return _mean((result.exits < len(trace.exits) - 1).double())
     if name in ("max_drop", "accuracy_drop", "drop"):
@@ -295,6 +303,7 @@ _SHARES = frozenset(
         "disagreement",
         "max_disagreement",
         "left_early",
+        "peak_cost",
     )
 )
 
@@ -367,9 +376,15 @@ def _timed(trace: Trace, runs: Sequence[Mapping[str, Any]], baselines: Sequence[
             for b in baselines
             if isinstance(b, Point) and b.latency_ms is not None and b.batch_size in (None, size)
         ]
+        fixed = next((r["fixed_exit_ms"] for r in runs if int(r["batch_size"]) == size and r.get("fixed_exit_ms")), None)
+        dots = []
+        if fixed is not None:
+            each = item_quality(trace).values.double().mean(0).tolist()
+            dots = [curve("fixed exit", [Point(n, ms / size, q) for n, ms, q in zip(trace.exits, fixed, each, strict=True)])]
         picture = plots.pareto_chart(
             [],
             points,
+            dots=dots,
             key=f"ms-{size}",
             title=f"{quality.capitalize()} against measured time, batch {size}",
             quality=quality,

@@ -74,13 +74,19 @@ class TestTheWholeWay:
         runs = json.loads((run / "bench.json").read_text())["runs"]
         assert [(r["mode"], r["batch_size"]) for r in runs] == [("latency", 1), ("throughput", 1), ("latency", 4), ("throughput", 4)]
         assert all(len(s) == 3 and min(s) > 0 for r in runs for s in r["samples_ms"].values())
+        latency = next(r for r in runs if r["mode"] == "latency")
+        kept = [n for n in test.exits[:-1] if n not in latency["dropped"]]
+        assert latency["accuracy"] == pytest.approx(found["accuracy"]) or len(kept) < len(test.exits) - 1
+        assert all(0 < r["mean_cost"] < 1.1 and len(r["fixed_exit_ms"] or test.exits) == len(test.exits) for r in runs)
         slow = [r["name"] for r in runs if r["median_ms"] > r["full_ms"] and r["shares"][-1] < 1]
         assert all((f"{r['name']}: the plan leaves early and still takes" in result.output) == (r["name"] in slow) for r in runs)
         assert "never leaves early" not in result.output, "the yardstick that runs the whole model is no plan of the user's"
 
         pytest.importorskip("matplotlib")
         result = offramp("report", "--config", run / "config.toml")  # the part is the one that was evaluated
-        assert result.exit_code == 0 and (run / "report.html").read_text().lstrip().lower().startswith("<!doctype html")
+        page = (run / "report.html").read_text()
+        assert result.exit_code == 0 and page.lstrip().lower().startswith("<!doctype html")
+        assert "Accuracy against FLOPs" in page and "Accuracy against measured time, batch 1" in page and "fixed exit" in page
 
     def test_targets_of_calibrate(self, run: Path, offramp: Call) -> None:
         assert offramp("calibrate", "--out", run, "--max-drop", "0.2", "--delta", "0.2").exit_code == 0

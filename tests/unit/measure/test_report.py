@@ -86,6 +86,7 @@ RUNS: list[dict[str, Any]] = [
         "exit_efficiency": 0.9,
         "accuracy": 0.8,
         "mean_cost": 0.6,
+        "fixed_exit_ms": [2.0, 4.0, 6.5],
     },
     {
         "name": "second",
@@ -305,6 +306,7 @@ def test_regression(tmp_path: Path) -> None:
         ({"examples": ["one"]}, "400 items in order, got 1"),
         ({"plan": make_plan(0.8, 0.7), "examples": torch.zeros(ITEMS, 5, 6, 7)}, r"one item is \(5, 6, 7\)"),
         ({"runs": [{"name": "a", "batch_size": 1}]}, r"runs\[0\] lacks median_ms"),
+        ({"runs": [{"name": "a", "batch_size": 1, "median_ms": 1.0, "fixed_exit_ms": [1.0]}]}, "fixed_exit_ms of 1 exits"),
         ({"runs": [{"name": "a", "batch_size": 0, "median_ms": 1.0}]}, "batch_size >= 1"),
     ],
 )
@@ -456,3 +458,12 @@ def test_figures_fit_a_phone_and_a_desk(full: Path, tmp_path: Path, width: int) 
 def test_dark(full: Path, tmp_path: Path) -> None:
     console, _ = browse(probed(full, tmp_path), tmp_path, "--force-dark-mode")
     assert '"background":"rgb(20, 23, 26)"' in console.replace('\\"', '"')
+
+
+def test_a_share_of_none_is_not_certain() -> None:
+    """A bootstrap of a hundred zeros is [0, 0]; Wilson's interval says how much a hundred items can say."""
+    mean = sys.modules["offramp.measure.report"]._mean
+    nothing = mean(torch.zeros(100))
+    assert nothing.value == nothing.low == 0 and 0.03 < nothing.high < 0.05
+    some = mean(torch.tensor([0.25, 0.5, 0.75] * 30))
+    assert some.low < some.value == pytest.approx(0.5) < some.high
