@@ -91,3 +91,34 @@ def own_greedy(model: Any, rows: Sequence[Sequence[int]], new: int, **options: A
     """What transformers' own ``generate`` writes, prompts included, int64 ``[B, P + N]``."""
     written: torch.Tensor = model.generate(**left_padded(rows), max_new_tokens=new, do_sample=False, **options)
     return written
+
+
+WORDS = ["[PAD]", "[UNK]", "[END]", "[BEGIN]", *(f"w{i}" for i in range(VOCABULARY - 5)), "abcdef"]
+
+
+def word_tokenizer(**options: Any) -> Any:
+    """A tokenizer of transformers with one token a word: ``w0`` to ``w91``, and one that transformers needs for stop strings."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    inner.pre_tokenizer = WhitespaceSplit()
+    special = {"unk_token": "[UNK]", "pad_token": "[PAD]", "eos_token": "[END]", "bos_token": "[BEGIN]"}
+    return PreTrainedTokenizerFast(tokenizer_object=inner, **{**special, "padding_side": "left", **options})
+
+
+def byte_tokenizer() -> Any:
+    """A tokenizer of transformers with one token a byte, the vocabulary's first 97 that are printable, so that characters may be split."""
+    from tokenizers import Tokenizer, decoders
+    from tokenizers.models import BPE
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(ByteLevel.alphabet())[: VOCABULARY - 6]
+    vocabulary = {c: i for i, c in enumerate(["[PAD]", *alphabet, "Ã", "ab", "Ġa", "the", "©"])}
+    inner = Tokenizer(BPE(vocabulary, merges=[("a", "b"), ("Ġ", "a")] if "Ġ" in vocabulary else [("a", "b")]))
+    inner.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="[PAD]")
