@@ -24,12 +24,25 @@ from offramp.train.recipe import (
     Weights,
 )
 from offramp.train.text import NextToken, packed, text_loader, texts_in
+from offramp.train.text_recipes import (
+    Always,
+    EarlyExitLoss,
+    Gradual,
+    LayerDropout,
+    Mean,
+    Monotone,
+    Rotating,
+    ShallowDeep,
+    Skipping,
+    Warmed,
+)
 
 PARTS: dict[str, type] = {
     c.__name__: c
     for c in (
         Alternating, BestDepth, CrossEntropy, Distill, EarlyWeighted, Equal, Explicit, FinalOnly, Frozen, Gates, IndexWeighted, Joint,
         MeanSquared, NextToken, Ponder, PredictLoss, Ramp, TargetExit, ToLast, ToNext, TwoStage, Wrongness,
+        Always, EarlyExitLoss, Gradual, LayerDropout, Mean, Monotone, Rotating, ShallowDeep, Skipping, Warmed,
     )
 }  # fmt: skip
 """Every part of this folder by name: what a saved recipe may name (a rule inside of `Gates` comes from `offramp.policies.PARTS`)."""

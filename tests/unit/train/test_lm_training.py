@@ -2,82 +2,28 @@
 
 from __future__ import annotations
 
-import random
 from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from lm_texts import acceptance, corpus, speaker, tokenizer
 
 from offramp.core.errors import InvalidInput
-from offramp.engines.generate import Plain, Verify, generate
 from offramp.exits.cached import Adapter, Block
 from offramp.exits.lm import OwnNorm
 from offramp.language import attach_lm, load_lm
-from offramp.train import Distill, Explicit, FinalOnly, Frozen, Joint, fit, packed, text_loader
+from offramp.train import Distill, Explicit, Frozen, Joint, fit, packed, text_loader
 from offramp.train.text import IGNORED, NextToken, TextNet, texts_in
-
-WORDS = ["the", "cat", "dog", "sees", "bird", "likes", "red", "old", "tree", "house", "and", "sings"]
-LETTERS = " abcdefghijklmnopqrstuvwxyz."
-
-
-def tokenizer(text: str) -> list[int]:
-    return [LETTERS.index(c) for c in text]
-
-
-def texts(count: int, seed: int) -> list[str]:
-    """Sentences in which the next word depends on the two before it."""
-    draw = random.Random(seed)
-    found = []
-    for _ in range(count):
-        one, two = draw.randrange(12), draw.randrange(12)
-        words = [WORDS[one], WORDS[two]]
-        for _ in range(8):
-            one, two = two, (3 * one + 5 * two + draw.choice([1, 1, 1, 4])) % 12
-            words.append(WORDS[two])
-        found.append(" ".join(words) + ".")
-    return found
-
-
-def llama(depth: int = 4) -> Any:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(LETTERS), hidden_size=48, intermediate_size=96, num_hidden_layers=depth, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=128, bos_token_id=None, eos_token_id=None,
-    )  # fmt: skip
-    return LlamaForCausalLM(config)
 
 
 @pytest.fixture(scope="module")
 def blocks() -> torch.Tensor:
-    return packed(texts(150, 1), tokenizer, 64)
-
-
-@pytest.fixture(scope="module")
-def trained(blocks: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Weights of a model that knows the language."""
-    model = llama()
-    lm = attach_lm(model, [1])
-    result = fit(lm, text_loader(blocks, 16), Joint(FinalOnly()), epochs=8, optimizer=lambda p: torch.optim.AdamW(p, 5e-3), progress=False)
-    losses = [r["loss"] for r in result.history if r["event"] == "epoch"]
-    assert losses[-1] < 0.6 * losses[0]
-    return {k: v.clone() for k, v in model.state_dict().items()}
+    return corpus()
 
 
 @pytest.fixture
-def model(trained: dict[str, torch.Tensor]) -> Any:
-    made = llama()
-    made.load_state_dict(trained)
-    return made.eval()
-
-
-PROMPTS = [tokenizer(t[:20]) for t in texts(6, 2)]
-
-
-def acceptance(lm: Any) -> float:
-    found = generate(lm, PROMPTS, Verify(draft_length=4), max_new_tokens=40)
-    assert found.tokens == generate(lm, PROMPTS, Plain(), max_new_tokens=40).tokens
-    return found.acceptance
+def model() -> Any:
+    return speaker()
 
 
 @pytest.mark.parametrize(("head", "gain"), [(Adapter(), 0.05), (Block(like=1), 0.05), (Block(fresh=True), 0.05)], ids=str)

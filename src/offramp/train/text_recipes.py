@@ -1,0 +1,389 @@
+"""Published ways to train language models with exits, where `offramp.train.recipe` alone does not say them.
+
+===============================  ===================================================================================================
+method                           recipe
+===============================  ===================================================================================================
+Kangaroo, EESD, self-supervised  ``Frozen(Distill(temperature=1, alpha=1))``: soft cross-entropy to the full model
+EE-Tuning                        ``Frozen()``: hard labels, heads alone
+EE-LLM                           ``Joint(Warmed((0.1, 0.2, 1.0)))``
+Sorted LLaMA                     ``Joint(Mean())`` with the shared head
+LayerSkip                        ``LayerDropout(EarlyExitLoss(depths, blocks, curriculum=Rotating(every)), rate)`` with the shared head
+SkipDecode                       ``Skipping(Joint(FinalOnly()), Monotone(most, least))``
+FREE                             ``ShallowDeep(shallow)``
+===============================  ===================================================================================================
+
+Shapes: ``B`` texts, ``T`` tokens of each, ``W`` width of the states, ``L`` blocks, ``K`` exits, the model's own answer among them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from offramp.core.errors import InvalidInput
+from offramp.train.losses import per_item
+from offramp.train.recipe import Explicit, FinalOnly, Joint, Objective, Recipe, Seen, weighted
+
+if TYPE_CHECKING:
+    from offramp.network import MultiExit
+
+# ---- weights of the exits ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Mean:
+    """``1 / K`` for every exit: the mean over the sub-models (Sorted LLaMA, Kavehzadeh et al. 2024, section 3.2)."""
+
+    def __call__(self, exits: int, progress: float) -> tuple[float, ...]:
+        return (1.0 / exits,) * exits
+
+
+@dataclass(frozen=True)
+class Warmed:
+    """Early exits rise from 0 to their weights, then stay; the last keeps its own (EE-LLM, Chen et al. 2023, section 5.1).
+
+    Attributes:
+        values: K weights >= 0, the model's own answer last; EE-LLM 0.1 and 0.2 at a quarter and half of the depth, and 1.
+        share: of the training that the rise takes, in [0, 1]; 0 = none.
+        cosine: rise along half a cosine instead of a line.
+    """
+
+    values: tuple[float, ...]
+    share: float = 0.1
+    cosine: bool = False
+
+    def __post_init__(self) -> None:
+        Explicit(self.values)
+        if not 0 <= self.share <= 1:
+            raise InvalidInput(f"share must be in [0, 1], got {self.share}.")
+
+    def __call__(self, exits: int, progress: float) -> tuple[float, ...]:
+        *early, last = Explicit(self.values)(exits, progress)
+        risen = 1.0 if self.share == 0 else min(1.0, progress / self.share)
+        if self.cosine:
+            risen = (1 - math.cos(math.pi * risen)) / 2
+        return (*(w * risen for w in early), last)
+
+
+# ---- LayerSkip -----------------------------------------------------------------------------------------------------------
+
+
+@runtime_checkable
+class Curriculum(Protocol):
+    """Which early exits take part in a step: ``(early exits, step, progress in [0, 1]) -> one flag each``."""
+
+    def __call__(self, exits: int, step: int, progress: float) -> tuple[bool, ...]: ...
+
+
+@dataclass(frozen=True)
+class Always:
+    """All of them, in every step."""
+
+    def __call__(self, exits: int, step: int, progress: float) -> tuple[bool, ...]:
+        return (True,) * exits
+
+
+@dataclass(frozen=True)
+class Rotating:
+    """Every R-th of them, moving on by one each step (LayerSkip's rotational curriculum, Elhoushi et al. 2024, section 4.1.2).
+
+    Attributes:
+        every: R, at least 1.
+    """
+
+    every: int
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise InvalidInput(f"every must be at least 1, got {self.every}.")
+
+    def __call__(self, exits: int, step: int, progress: float) -> tuple[bool, ...]:
+        return tuple((k - step) % self.every == 0 for k in range(exits))
+
+
+@dataclass(frozen=True)
+class Gradual:
+    """From the deepest on, one after another, all by half of the training (LayerSkip's gradual curriculum)."""
+
+    def __call__(self, exits: int, step: int, progress: float) -> tuple[bool, ...]:
+        return tuple(progress >= (exits - 1 - k) / (2 * exits) for k in range(exits))
+
+
+@dataclass(frozen=True)
+class EarlyExitLoss(Recipe):
+    """Weights that grow with depth, scaled to sum to 1 over the exits that take part (LayerSkip, section 4.1.2).
+
+    With blocks counted from 0, block ``l`` weighs ``scale * (0 + 1 + ... + l)``, the last ``L - 1 + scale * (0 + ... + L - 2)``. An exit
+    after one block alone therefore has no weight.
+
+    Attributes:
+        depths: after how many blocks each early exit reads, as attached.
+        blocks: ``L``.
+        scale: >= 0; the paper tries 0.1 to 1.
+        curriculum: which early exits take part in a step.
+    """
+
+    depths: tuple[int, ...]
+    blocks: int
+    scale: float = 0.2
+    curriculum: Curriculum = field(default_factory=Always)
+
+    def __post_init__(self) -> None:
+        if not self.depths or not all(0 < d < self.blocks for d in self.depths) or self.scale < 0:
+            raise InvalidInput(f"Depths must be from 1 to blocks - 1, scale >= 0; got {self.depths}, {self.blocks} blocks, {self.scale}.")
+
+    def around(self, net: MultiExit) -> AbstractContextManager[None]:
+        _text(net, self)
+        if net.depths != tuple(self.depths) or len(net.blocks) != self.blocks:  # type: ignore[attr-defined]
+            raise InvalidInput(
+                f"The recipe is for exits after {self.depths} of {self.blocks} blocks; this model has exits after "
+                f"{net.depths} of {len(net.blocks)}."  # type: ignore[attr-defined]
+            )
+        return super().around(net)
+
+    def weights(self, step: int, progress: float) -> tuple[float, ...]:
+        """K weights that sum to 1."""
+        on = self.curriculum(len(self.depths), step, progress)
+        early = [self.scale * d * (d - 1) / 2 if o else 0.0 for d, o in zip(self.depths, on, strict=True)]
+        last = self.blocks - 1 + self.scale * (self.blocks - 2) * (self.blocks - 1) / 2
+        return tuple(w / (sum(early) + last) for w in (*early, last))
+
+    def objective(self, seen: Seen) -> Objective:
+        return weighted(Explicit(self.weights(seen.step, seen.progress)), seen)
+
+
+@dataclass(frozen=True)
+class _Inside(Recipe):
+    inner: Recipe = field(default_factory=Joint)
+
+    def __post_init__(self) -> None:
+        if len(self.inner.phases()) != 1 or self.inner.module is not None or not self.inner.trains_model:
+            name = type(self).__name__
+            raise InvalidInput(f"{name} takes a recipe of one phase that trains the model, got {type(self.inner).__name__}.")
+
+    @property
+    def trains_heads(self) -> bool:
+        return self.inner.trains_heads
+
+    @property
+    def equilibrium(self) -> bool:
+        return self.inner.equilibrium
+
+    @property
+    def needs_cost(self) -> bool:
+        return self.inner.needs_cost
+
+    def observe(self, logits: tuple[Tensor, ...], states: tuple[Tensor, ...]) -> Any:
+        return self.inner.observe(logits, states)
+
+    def objective(self, seen: Seen) -> Objective:
+        return self.inner.objective(seen)
+
+
+@dataclass(frozen=True)
+class LayerDropout(_Inside):
+    """Each text skips each block by chance, deeper ones more often (LayerSkip, section 4.1.1).
+
+    Block ``l`` of ``L``, counted from 0, is skipped with probability ``rate * (2^(l / (L - 1)) - 1)``: never the first, the last with
+    ``rate``. This is the schedule of the paper for continued training, the same at every step. What is kept is not scaled. A skipped block
+    still runs, its result is dropped: training gets no faster by it.
+
+    Attributes:
+        inner: the loss.
+        rate: of the last block, in [0, 1]; paper 0.1 to 0.2.
+    """
+
+    rate: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.rate <= 1:
+            raise InvalidInput(f"rate must be in [0, 1], got {self.rate}.")
+
+    def rates(self, blocks: int) -> tuple[float, ...]:
+        """Chance of each block to be skipped."""
+        return tuple(self.rate * (2 ** (k / max(1, blocks - 1)) - 1) for k in range(blocks))
+
+    @contextmanager
+    def around(self, net: MultiExit) -> Iterator[None]:
+        _text(net, self)
+        rates = self.rates(len(net.blocks))  # type: ignore[attr-defined]
+
+        def skip(index: int, module: nn.Module, before: Tensor, after: Tensor) -> Tensor:
+            if not module.training or not rates[index]:
+                return after
+            kept = torch.rand(len(after), device=after.device) >= rates[index]
+            return torch.where(kept[:, None, None], after, before)
+
+        with self.inner.around(net), _changed(net, skip):
+            yield
+
+
+# ---- SkipDecode ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Monotone:
+    """How many blocks each position uses: fewer and fewer along a text (SkipDecode, Del Corro et al. 2023, section 3).
+
+    A position uses the first ``warm`` blocks and then the topmost; those of a later position are among those of every earlier one, so no
+    key or value is ever missing.
+
+    Attributes:
+        most: blocks of the first position.
+        least: of the last.
+        warm: of them the first so many, at least 1.
+    """
+
+    most: int
+    least: int
+    warm: int = 1
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.warm <= self.least <= self.most:
+            raise InvalidInput(f"1 <= warm <= least <= most is needed, got warm={self.warm}, least={self.least}, most={self.most}.")
+
+    def counts(self, length: int) -> tuple[int, ...]:
+        """Blocks used at each position of a text of ``length`` tokens, on a line from ``most`` to ``least``."""
+        return tuple(round(self.most - (self.most - self.least) * t / max(1, length - 1)) for t in range(length))
+
+    def used(self, blocks: int, length: int) -> Tensor:
+        """Bool ``[L, T]``: which blocks run at which positions.
+
+        Raises:
+            InvalidInput: the model has fewer blocks than ``most``.
+        """
+        if self.most > blocks:
+            raise InvalidInput(f"The schedule starts with {self.most} blocks, but the model has {blocks}.")
+        block = torch.arange(blocks)[:, None]
+        return (block < self.warm) | (block >= blocks + self.warm - torch.tensor(self.counts(length)))
+
+
+@dataclass(frozen=True)
+class Skipping(_Inside):
+    """Trains, and evaluates, a model that skips blocks by position: as it will run (SkipDecode).
+
+    Attributes:
+        inner: the loss; ``Joint(FinalOnly())`` for the model's own answer alone.
+        schedule: which blocks run where; a block of tokens is taken as a whole text.
+    """
+
+    inner: Recipe = field(default_factory=lambda: Joint(FinalOnly()))
+    schedule: Monotone = field(default_factory=lambda: Monotone(1, 1))
+
+    @contextmanager
+    def around(self, net: MultiExit) -> Iterator[None]:
+        _text(net, self)
+        blocks = len(net.blocks)  # type: ignore[attr-defined]
+        self.schedule.used(blocks, 1)
+
+        def skip(index: int, module: nn.Module, before: Tensor, after: Tensor) -> Tensor:
+            used = self.schedule.used(blocks, after.shape[1])[index].to(after.device)
+            return torch.where(used[None, :, None], after, before)
+
+        with self.inner.around(net), _changed(net, skip):
+            yield
+
+
+# ---- FREE ----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ShallowDeep(Recipe):
+    """Two depths, each with its cross-entropy, and shallow states that learn from deep ones (FREE, Bae et al. 2023, section 4.1).
+
+    ``(s CE_shallow + L CE_deep) / (s + L) + alpha * KD``. ``KD`` is the mean squared difference between some blocks behind the exit, evenly
+    spread, and for each the nearest among the blocks before it, none of which comes before the one found for the last; deep states teach
+    and are not changed by it.
+
+    Attributes:
+        shallow: ``s``, after how many blocks the only exit reads.
+        alpha: weight of the states' part, >= 0; paper 0.5.
+    """
+
+    shallow: int
+    alpha: float = 0.5
+
+    @contextmanager
+    def around(self, net: MultiExit) -> Iterator[None]:
+        _text(net, self)
+        text: Any = net
+        if text.depths != (self.shallow,):
+            raise InvalidInput(f"ShallowDeep({self.shallow}) needs one exit, after {self.shallow} blocks; there are after {text.depths}.")
+        before = text.watched
+        text.watched = text.blocks
+        try:
+            yield
+        finally:
+            text.watched = before
+
+    def observe(self, logits: tuple[Tensor, ...], states: tuple[Tensor, ...]) -> tuple[int, Tensor]:
+        return len(states), layerwise(states[: self.shallow], states[self.shallow :])
+
+    def objective(self, seen: Seen) -> Objective:
+        blocks, gap = seen.extra
+        shallow, deep = (per_item(seen.loss, z, seen.labelled()).mean() for z in seen.logits)
+        total = (self.shallow * shallow + blocks * deep) / (self.shallow + blocks) + self.alpha * gap
+        return Objective(total, (shallow, deep), {"states": gap})
+
+
+def layerwise(shallow: tuple[Tensor, ...], deep: tuple[Tensor, ...]) -> Tensor:
+    """Mean squared difference of deep states, evenly spread and at most as many as shallow ones, to their nearest shallow ones in order."""
+    count = min(len(shallow), len(deep))
+    chosen = [deep[round((j + 1) * len(deep) / count) - 1].detach() for j in range(count)]
+    gaps = torch.stack([torch.stack([(s.float() - d.float()).square().mean() for s in shallow]) for d in chosen])
+    found, first = [], 0
+    for j, row in enumerate(gaps.tolist()):
+        first = min(range(first, len(row)), key=row.__getitem__)
+        found.append(gaps[j, first])
+    return torch.stack(found).mean()
+
+
+# ---- hooks ---------------------------------------------------------------------------------------------------------------
+
+
+def _text(net: MultiExit, recipe: Recipe) -> None:
+    if not hasattr(net, "blocks"):
+        raise InvalidInput(f"{type(recipe).__name__} is for language models made with attach_lm; this is a network made with attach.")
+
+
+@contextmanager
+def _changed(net: MultiExit, change: Callable[[int, nn.Module, Tensor, Tensor], Tensor]) -> Iterator[None]:
+    """Within, the state after each block is ``change(block number, block, state before, state after)``."""
+
+    def hook(index: int) -> Any:
+        def changed(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            before = args[0] if args else kwargs["hidden_states"]
+            if isinstance(output, Tensor):
+                return change(index, module, before, output)
+            return (change(index, module, before, output[0]), *output[1:])
+
+        return changed
+
+    with ExitStack() as stack:
+        for index, path in enumerate(net.blocks):  # type: ignore[attr-defined]
+            handle = net.model.get_submodule(path).register_forward_hook(hook(index), with_kwargs=True)
+            stack.callback(handle.remove)
+        yield
+
+
+__all__ = [
+    "Always",
+    "Curriculum",
+    "EarlyExitLoss",
+    "Gradual",
+    "LayerDropout",
+    "Mean",
+    "Monotone",
+    "Rotating",
+    "ShallowDeep",
+    "Skipping",
+    "Warmed",
+    "layerwise",
+]
