@@ -1,0 +1,206 @@
+"""Command: generate."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.text import Text
+
+from offramp.cli.base import OTHER, app, percent, table
+from offramp.cli.options import command, console
+from offramp.cli.records import optional
+from offramp.core.bundle import write_json
+from offramp.core.errors import InvalidInput
+from offramp.engines.decoding import Generation
+from offramp.engines.generate import Accept, Mode, Plain, generate
+from offramp.engines.speculate import Verify
+from offramp.language import LanguageModel, attach_lm, load_lm
+from offramp.policies.draft_stop import BelowProbability, FixedLength
+
+TEXT, HOW = "Text", "How"
+EXIT_STYLE, FULL_STYLE, PROMPT_STYLE = "bold green", "yellow", "dim"
+MODES = ("plain", "accept", "verify")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass
+class TextFlags:
+    """What to write."""
+
+    prompt: Annotated[list[str], typer.Option(help="Text to continue; repeat for more.", rich_help_panel=TEXT)]
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Most tokens to add; by default the model's own, else 20.", rich_help_panel=TEXT)
+    ] = None
+    stop: Annotated[list[str] | None, typer.Option(help="Text that ends the writing; repeat for more.", rich_help_panel=TEXT)] = None
+    do_sample: Annotated[
+        bool | None,
+        typer.Option("--do-sample/--greedy", help="Draw tokens, or take the likeliest; by default the model's own.", rich_help_panel=TEXT),
+    ] = None
+    temperature: Annotated[float | None, typer.Option(help="Divides the logits.", rich_help_panel=TEXT)] = None
+    top_k: Annotated[int | None, typer.Option(help="Keep so many candidates; 0 = all.", rich_help_panel=TEXT)] = None
+    top_p: Annotated[float | None, typer.Option(help="Keep candidates of so much probability.", rich_help_panel=TEXT)] = None
+    repetition_penalty: Annotated[float | None, typer.Option(help="Above 1: less of what occurred.", rich_help_panel=TEXT)] = None
+    seed: Annotated[int, typer.Option(help="Of the drawing.", rich_help_panel=TEXT)] = 0
+
+    def arguments(self) -> dict[str, Any]:
+        """Those of `generate`."""
+        names = ("max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "seed")
+        return {**{name: getattr(self, name) for name in names}, "stop_strings": self.stop or None}
+
+
+@dataclass
+class HowFlags:
+    """How to decide."""
+
+    mode: Annotated[
+        str,
+        typer.Option(
+            help="plain: every block for every token. accept: leave at the exit when sure. verify: the exit drafts, the model checks.",
+            rich_help_panel=HOW,
+        ),
+    ] = "plain"
+    exit: Annotated[int | None, typer.Option(min=1, help="Blocks before the exit; by default an eighth of them.", rich_help_panel=HOW)] = (
+        None
+    )
+    heads: Annotated[Path | None, typer.Option(help="Folder of trained exits; else the model's own head.", rich_help_panel=HOW)] = None
+    draft_length: Annotated[int, typer.Option(min=1, help="verify: most drafts in a round.", rich_help_panel=HOW)] = 4
+    stop_below: Annotated[
+        float | None, typer.Option(help="verify: no more drafts after one less likely than this.", rich_help_panel=HOW)
+    ] = None
+    threshold: Annotated[float, typer.Option(help="accept: least probability to leave with.", rich_help_panel=HOW)] = 0.9
+    cap: Annotated[int, typer.Option(min=1, help="accept: most tokens that wait for the blocks behind.", rich_help_panel=HOW)] = 8
+
+    def chosen(self, exit_index: int) -> Mode:
+        """The mode, at an exit."""
+        if self.mode == "plain":
+            return Plain()
+        if self.mode == "accept":
+            return Accept(self.threshold, self.cap, exit_index)
+        if self.mode == "verify":
+            stop = FixedLength() if self.stop_below is None else BelowProbability(self.stop_below)
+            return Verify(self.draft_length, stop, exit_index=exit_index)
+        raise InvalidInput(f"--mode is one of {', '.join(MODES)}, got {self.mode!r}.")
+
+
+@command(app, "generate", OTHER)
+def generate_text(
+    model: Annotated[str, typer.Option(help="Folder of a causal language model and its tokenizer, or its hub name.")],
+    text: TextFlags,
+    how: HowFlags,
+    dtype: Annotated[str, typer.Option(help="Of the weights: auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1; by default CUDA where there is one.")] = None,
+    show: Annotated[
+        bool, typer.Option("--show", help="Colour tokens by the depth that decided them, and say what the drafts did.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(help="File for token ids, depths and counts (JSON).")] = None,
+) -> None:
+    """Continue texts with a language model, each token as deep as it needs.
+
+    Example: `offramp generate --model ./llama --prompt "Once upon a time" --mode verify --exit 4 --draft-length 5 --show`
+    """
+    how.chosen(0)  # a wrong mode is said before anything is loaded
+    loaded, tokenizer = _open(model, dtype, device)
+    lm, exit_index = _exits(loaded, how)
+    mode = how.chosen(exit_index)
+    found = generate(lm, text.prompt, mode, tokenizer=tokenizer, **text.arguments())
+    for row, prompt in enumerate(text.prompt):
+        added = pieces(tokenizer, found.prompts[row], found.tokens[row])
+        if show:
+            console.print(coloured(prompt, added, found.depth[row], len(lm.decoder)), soft_wrap=True)
+        else:
+            console.print(prompt + "".join(added), markup=False, highlight=False, soft_wrap=True)
+    if show:
+        _summary(found, mode, len(lm.decoder))
+    if out is not None:
+        write_json(out, _record(found, how.mode))
+
+
+def _open(path: str, dtype: str, device: str | None) -> tuple[Any, Any]:
+    """The model in evaluation mode and its tokenizer."""
+    from offramp.cli.base import device_of
+    from offramp.cli.options import RunFlags
+
+    if dtype not in DTYPES:
+        raise InvalidInput(f"--dtype is one of {', '.join(DTYPES)}, got {dtype!r}.")
+    where = device_of(RunFlags(Path(), device))
+    transformers = optional("transformers", "hf", "Generating text")
+    kind: Any = dtype if dtype == "auto" else getattr(torch, dtype)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+        model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=kind)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise InvalidInput(f"No causal language model with a tokenizer could be loaded from {path}: {reason}") from error
+    return model.to(where).eval(), tokenizer
+
+
+def _exits(model: Any, how: HowFlags) -> tuple[LanguageModel, int]:
+    """The model with its exits, and which of them is used."""
+    if how.heads is not None:
+        lm = load_lm(model, how.heads)
+        after = how.exit if how.exit is not None else lm.exits[0]
+        if after not in lm.exits:
+            raise InvalidInput(f"{how.heads} has exits after {', '.join(map(str, lm.exits))} blocks, not after {after}.")
+        return lm, lm.exits.index(after)
+    return attach_lm(model, [how.exit if how.exit is not None else max(1, model.config.num_hidden_layers // 8)]), 0
+
+
+def pieces(tokenizer: Any, before: Sequence[int], ids: Sequence[int]) -> list[str]:
+    """What each token adds to the text, special tokens nothing.
+
+    A token that only begins a character adds nothing; the one that ends it adds all of it.
+
+    Args:
+        tokenizer: of transformers.
+        before: ids of the prompt, so that the first piece has the space that belongs to it.
+        ids: the tokens.
+    """
+    tokens = list(before[-8:])
+    whole = tokenizer.decode(tokens, skip_special_tokens=True)
+    out = []
+    for place, token in enumerate(ids):
+        tokens.append(token)
+        text = tokenizer.decode(tokens, skip_special_tokens=True)
+        if text.endswith("\ufffd") and place + 1 < len(ids):
+            out.append("")
+            continue
+        out.append(text[len(whole) :])
+        whole = text
+    return out
+
+
+def coloured(prompt: str, added: Sequence[str], depths: Sequence[int], blocks: int) -> Text:
+    """The prompt, and what tokens added to it in the colours of the depths that decided them."""
+    text = Text(prompt, style=PROMPT_STYLE)
+    for piece, depth in zip(added, depths, strict=True):
+        text.append(piece, style=FULL_STYLE if depth == blocks else EXIT_STYLE)
+    return text
+
+
+def _summary(found: Generation, mode: Mode, blocks: int) -> None:
+    depths = [d for row in found.depth for d in row]
+    styles = {depth: FULL_STYLE if depth == blocks else EXIT_STYLE for depth in sorted(set(depths))}
+    rows = [
+        (f"[{style}]{depth} of {blocks}[/{style}]", str(depths.count(depth)), percent(depths.count(depth) / len(depths)))
+        for depth, style in styles.items()
+    ]
+    console.print()
+    table("Depth that decided", ("blocks", "tokens", "share"), rows)
+    if isinstance(mode, Verify):
+        places = enumerate(zip(found.drafted, found.accepted, strict=True), 1)
+        shares = [(str(place), str(tried), str(kept), percent(kept / tried)) for place, (tried, kept) in places if tried]
+        table("Drafts by place in the round", ("place", "tried", "kept", "acceptance"), shares)
+        console.print(f"{found.tokens_per_pass:.2f} tokens for each pass over all blocks; {percent(found.acceptance)} of drafts kept.")
+    if isinstance(mode, Accept):
+        share = percent(found.disagreed / found.audited) if found.audited else "none"
+        console.print(f"{found.audited} tokens left early; the model would have chosen otherwise for {found.disagreed} ({share}).")
+
+
+def _record(found: Generation, mode: str) -> dict[str, Any]:
+    names = ("prompts", "tokens", "depth", "drafted", "accepted", "audited", "disagreed", "deep_passes")
+    return {"mode": mode, **{name: getattr(found, name) for name in names}}

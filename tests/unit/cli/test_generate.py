@@ -1,0 +1,151 @@
+"""``offramp generate`` on a small model and tokenizer saved on the spot."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import Result
+
+from language_models import build, byte_tokenizer, own_greedy, word_tokenizer
+from offramp.cli.generate import EXIT_STYLE, FULL_STYLE, PROMPT_STYLE, coloured, pieces
+from offramp.language import attach_lm
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+Call = Callable[..., Result]
+TEXTS = ("w3 w9 w1", "w5")
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    made = build("llama", eos_token_id=None)
+    with torch.no_grad():  # so that the exit after the second block is right
+        for block in made.model.layers[2:]:
+            block.self_attn.o_proj.weight.zero_()
+            block.mlp.down_proj.weight.zero_()
+    return made
+
+
+@pytest.fixture(scope="module")
+def folder(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("language") / "llama"
+    model.save_pretrained(path)
+    word_tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def write(offramp: Call, folder: Path) -> Call:
+    """The command with the model and both prompts."""
+
+    def call(*words: object, prompts: tuple[str, ...] = TEXTS) -> Result:
+        return offramp("generate", "--model", folder, *[w for p in prompts for w in ("--prompt", p)], "--device", "cpu", *words)
+
+    return call
+
+
+def expected(model: Any, new: int) -> list[str]:
+    tokenizer = word_tokenizer()
+    found = own_greedy(model, [tokenizer(t)["input_ids"] for t in TEXTS], new)
+    return [tokenizer.decode(row, skip_special_tokens=True) for row in found]
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        [],
+        ["--mode", "verify", "--exit", 1, "--draft-length", 3],
+        ["--mode", "verify", "--stop-below", 0.5],
+        ["--mode", "accept", "--exit", 2],
+    ],
+)
+def test_texts_are_the_models_own(write: Call, model: Any, how: list[object]) -> None:
+    result = write("--max-new-tokens", 9, *how)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines() == expected(model, 9)
+
+
+def test_show(write: Call, tmp_path: Path) -> None:
+    out = tmp_path / "written.json"
+    result = write("--max-new-tokens", 9, "--mode", "verify", "--exit", 2, "--draft-length", 3, "--show", "--out", out)
+    assert result.exit_code == 0, result.output
+    assert re.search(r"2 of 4 +│ +12 │ +66\.67 %", result.output), result.output
+    assert re.search(r"4 of 4 +│ +6 │ +33\.33 %", result.output)
+    for place in (1, 2, 3):
+        assert re.search(rf"\b{place} +│ +4 │ +4 │ +100\.00 %", result.output)
+    assert "4.50 tokens for each pass" in result.output and "100.00 % of drafts kept" in result.output
+    record = json.loads(out.read_text())
+    assert record["mode"] == "verify" and record["drafted"] == record["accepted"] == [4, 4, 4] and record["deep_passes"] == 2
+    assert [len(t) for t in record["tokens"]] == [9, 9] and record["depth"][0] == [4, 2, 2, 2, 4, 2, 2, 2, 4]
+
+
+def test_show_what_accepting_costs(write: Call) -> None:
+    result = write("--max-new-tokens", 9, "--mode", "accept", "--exit", 1, "--threshold", 0, "--show")
+    assert re.search(r"16 tokens left early; the model would have chosen otherwise for \d+ \(", result.output), result.output
+
+
+def test_sampling_follows_the_seed(write: Call) -> None:
+    flags = ("--do-sample", "--temperature", 2, "--top-k", 0, "--top-p", 0.9, "--repetition-penalty", 1.2)
+    first = write(*flags, "--seed", 1).stdout
+    assert first == write(*flags, "--seed", 1).stdout
+    assert first != write(*flags, "--seed", 2).stdout
+
+
+def test_stop(write: Call, model: Any) -> None:
+    words = expected(model, 9)[0].split()
+    result = write("--max-new-tokens", 9, "--stop", words[5], prompts=TEXTS[:1])
+    assert result.stdout.split() == words[: words.index(words[5], 3) + 1]
+
+
+def test_trained_exits(write: Call, folder: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    attach_lm(AutoModelForCausalLM.from_pretrained(folder), [1, 2]).save(tmp_path / "heads")
+    result = write("--mode", "verify", "--heads", tmp_path / "heads", "--exit", 2, "--max-new-tokens", 5, "--show")
+    assert result.exit_code == 0 and "2 of 4" in result.output
+    result = write("--mode", "verify", "--heads", tmp_path / "heads", "--exit", 3)
+    assert result.exit_code == 2 and "exits after 1, 2 blocks, not after 3" in result.output
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--mode", "guess"], "--mode is one of plain, accept, verify"),
+        (["--dtype", "float8"], "--dtype is one of"),
+        (["--mode", "verify", "--exit", 4], "from 1 to 3"),
+        (["--temperature", -1], "temperature"),
+        (["--stop-below", 2, "--mode", "verify"], "eta must be in"),
+        (["--max-new-tokens", 3, "--device", "nowhere"], "cannot be used here"),
+    ],
+)
+def test_bad_input(write: Call, words: list[object], message: str) -> None:
+    result = write(*words)
+    assert result.exit_code == 2 and message in result.output, result.output
+
+
+def test_no_model(offramp: Call, tmp_path: Path) -> None:
+    result = offramp("generate", "--model", tmp_path, "--prompt", "w1")
+    assert result.exit_code == 2 and "No causal language model" in result.output
+
+
+class TestPieces:
+    def test_add_up_to_the_text(self) -> None:
+        tokenizer = word_tokenizer()
+        assert pieces(tokenizer, [5], [7, 8, 2, 9]) == [" w3", " w4", "", " w5"]
+        assert pieces(tokenizer, [5], []) == []
+
+    def test_a_character_of_several_tokens_comes_with_its_last(self) -> None:
+        tokenizer = byte_tokenizer()
+        ids = tokenizer.convert_tokens_to_ids(["a", "Ã", "©", "b"])
+        assert pieces(tokenizer, ids[:1], ids) == ["a", "", "é", "b"]
+
+    def test_colours(self) -> None:
+        text = coloured("[w1]", [" w3", " [x]", " w5"], [4, 2, 4], blocks=4)
+        assert text.plain == "[w1] w3 [x] w5" and str(text.style) == PROMPT_STYLE
+        found = [(text.plain[s.start : s.end], s.style) for s in text.spans]
+        assert found == [(" w3", FULL_STYLE), (" [x]", EXIT_STYLE), (" w5", FULL_STYLE)]
