@@ -91,7 +91,7 @@ class FixedLength(DraftStop):
 
 @dataclass(frozen=True)
 class BelowProbability(DraftStop):
-    """Stop after a draft that is less likely than ``eta`` (Kangaroo, Liu et al. 2024, section 3.2; there with at most 6 drafts).
+    """Stop after a draft that is less likely than ``eta`` (Kangaroo, Liu et al. 2024; there with at most 6 drafts).
 
     Attributes:
         eta: in [0, 1].
