@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -70,7 +71,7 @@ class LanguageModel(nn.Module):
 
     def observe(self, hidden: Tensor, exit_index: int, step: Step | None) -> None:
         """Show a head with a cache of its own the states ``[B, Q, W]`` of tokens that nothing is drafted from; others need not see them."""
-        head = self.heads[exit_index]
+        head: Any = self.heads[exit_index]
         if head.cached:
             head.observe(hidden, step)
 

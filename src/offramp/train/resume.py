@@ -14,15 +14,20 @@ import torch
 from offramp.core.bundle import load_bundle
 from offramp.core.errors import InvalidInput
 from offramp.core.parts import part_to_dict
+from offramp.language import LanguageModel
 from offramp.network import MultiExit
 from offramp.train.checkpoint import clear_checkpoints, load_into, newest_checkpoint, save_checkpoint
 from offramp.train.metrics import MetricsLog
 from offramp.train.order import Place
 from offramp.train.recipe import Recipe
 from offramp.train.sharding import gather_optimizer, scatter_optimizer
+from offramp.train.text import TextNet
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+
+_MODEL = "model."
 
 
 @dataclass
@@ -31,7 +36,8 @@ class Checkpoints:
 
     Attributes:
         folder: the run's, or ``None`` for a run that writes nothing.
-        net: the network; what is saved of it, and loaded into it, is whole also where training is sharded.
+        net: the network; what is saved of it, and loaded into it, is whole also where training is sharded. Of a network whose model no
+            phase trains, what is added alone is saved.
         recipe: of the whole run.
         accelerator: of the run.
         sharded: whether the optimizer's state is sharded.
@@ -61,7 +67,11 @@ class Checkpoints:
         """
         if self.folder is None:
             return Place()
-        self._config = json.dumps({"recipe": part_to_dict(self.recipe), "exits": self.net.names, **self.identity}, sort_keys=True)
+        config = {"recipe": part_to_dict(self.recipe), "exits": self.net.names, **self.identity}
+        self._frozen = not any(phase.recipe.trains_model for phase in self.recipe.phases())
+        if self._frozen:  # checkpoints then hold what is added alone, so they must know what it was added to
+            config["weights of the model"] = self.net.base_fingerprint()
+        self._config = json.dumps(config, sort_keys=True)
         root = self.folder / "checkpoints"
         self.resumed = newest_checkpoint(root) if resume else None
         self.accelerator.wait_for_everyone()
@@ -73,7 +83,8 @@ class Checkpoints:
             for phase, weights in zip(self.recipe.phases(), self.resumed["modules"], strict=True):
                 if phase.recipe.module is not None:
                     load_into(phase.recipe.module, weights, "The checkpoint's rule")
-            load_into(self.net, self.resumed["net"], "The checkpoint")
+            kept = {k: v for k, v in self.net.state_dict().items() if self._frozen and k.startswith(_MODEL)}
+            load_into(self.net, {**kept, **self.resumed["net"]}, "The checkpoint")
         self.log.start(self.resumed["lines"] if self.resumed is not None else 0)
         self.accelerator.wait_for_everyone()
         return Place() if self._saved is None else replace(self._saved)
@@ -101,7 +112,7 @@ class Checkpoints:
                 "config": self._config,
                 "place": asdict(place),
                 "lines": len(self.log.records),
-                "net": self.net.state_dict(),
+                "net": {k: v for k, v in self.net.state_dict().items() if not (self._frozen and k.startswith(_MODEL))},
                 "modules": [None if p.recipe.module is None else p.recipe.module.state_dict() for p in self.recipe.phases()],
                 "optimizer": moments,
                 "scheduler": None if scheduler is None else scheduler.state_dict(),
@@ -139,7 +150,7 @@ class Checkpoints:
             self.accelerator.scaler.load_state_dict(saved["scaler"])
 
 
-def load_best(net: MultiExit, output_dir: str | os.PathLike[str]) -> int:
+def load_best(net: MultiExit | LanguageModel, output_dir: str | os.PathLike[str]) -> int:
     """Load the weights that evaluated best in a run of `fit` with ``eval_loader`` and ``output_dir``.
 
     Returns:
@@ -150,5 +161,5 @@ def load_best(net: MultiExit, output_dir: str | os.PathLike[str]) -> int:
         InvalidInput: they are of another network.
     """
     content, tensors = load_bundle(Path(output_dir) / "best", "weights", "weights")
-    load_into(net, tensors, f"The weights in {output_dir}")
+    load_into(TextNet(net) if isinstance(net, LanguageModel) else net, tensors, f"The weights in {output_dir}")
     return int(content["step"])

@@ -79,7 +79,7 @@ def texts_in(folder: str | os.PathLike[str], column: str = "text") -> Iterator[s
     root = Path(folder)
     if (root / "state.json").is_file():
         try:
-            from datasets import load_from_disk
+            from datasets import load_from_disk  # type: ignore[import-untyped]
         except ImportError as error:
             raise MissingExtra("datasets", "data", "Reading a saved data set") from error
         table: Any = load_from_disk(str(root))

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from offramp.core.errors import InvalidInput
 from offramp.train.losses import per_item
 from offramp.train.recipe import Explicit, FinalOnly, Joint, Objective, Recipe, Seen, weighted
+from offramp.train.text import TextNet
 
 if TYPE_CHECKING:
     from offramp.network import MultiExit
@@ -139,11 +140,11 @@ class EarlyExitLoss(Recipe):
             raise InvalidInput(f"Depths must be from 1 to blocks - 1, scale >= 0; got {self.depths}, {self.blocks} blocks, {self.scale}.")
 
     def around(self, net: MultiExit) -> AbstractContextManager[None]:
-        _text(net, self)
-        if net.depths != tuple(self.depths) or len(net.blocks) != self.blocks:  # type: ignore[attr-defined]
+        text = _text(net, self)
+        if text.depths != tuple(self.depths) or len(text.blocks) != self.blocks:
             raise InvalidInput(
                 f"The recipe is for exits after {self.depths} of {self.blocks} blocks; this model has exits after "
-                f"{net.depths} of {len(net.blocks)}."  # type: ignore[attr-defined]
+                f"{text.depths} of {len(text.blocks)}."
             )
         return super().around(net)
 
@@ -212,8 +213,8 @@ class LayerDropout(_Inside):
 
     @contextmanager
     def around(self, net: MultiExit) -> Iterator[None]:
-        _text(net, self)
-        rates = self.rates(len(net.blocks))  # type: ignore[attr-defined]
+        text = _text(net, self)
+        rates = self.rates(len(text.blocks))
 
         def skip(index: int, module: nn.Module, before: Tensor, after: Tensor) -> Tensor:
             if not module.training or not rates[index]:
@@ -221,7 +222,7 @@ class LayerDropout(_Inside):
             kept = torch.rand(len(after), device=after.device) >= rates[index]
             return torch.where(kept[:, None, None], after, before)
 
-        with self.inner.around(net), _changed(net, skip):
+        with self.inner.around(net), _changed(text, skip):
             yield
 
 
@@ -279,15 +280,15 @@ class Skipping(_Inside):
 
     @contextmanager
     def around(self, net: MultiExit) -> Iterator[None]:
-        _text(net, self)
-        blocks = len(net.blocks)  # type: ignore[attr-defined]
+        text = _text(net, self)
+        blocks = len(text.blocks)
         self.schedule.used(blocks, 1)
 
         def skip(index: int, module: nn.Module, before: Tensor, after: Tensor) -> Tensor:
             used = self.schedule.used(blocks, after.shape[1])[index].to(after.device)
             return torch.where(used[None, :, None], after, before)
 
-        with self.inner.around(net), _changed(net, skip):
+        with self.inner.around(net), _changed(text, skip):
             yield
 
 
@@ -312,8 +313,7 @@ class ShallowDeep(Recipe):
 
     @contextmanager
     def around(self, net: MultiExit) -> Iterator[None]:
-        _text(net, self)
-        text: Any = net
+        text = _text(net, self)
         if text.depths != (self.shallow,):
             raise InvalidInput(f"ShallowDeep({self.shallow}) needs one exit, after {self.shallow} blocks; there are after {text.depths}.")
         before = text.watched
@@ -348,13 +348,14 @@ def layerwise(shallow: tuple[Tensor, ...], deep: tuple[Tensor, ...]) -> Tensor:
 # ---- hooks ---------------------------------------------------------------------------------------------------------------
 
 
-def _text(net: MultiExit, recipe: Recipe) -> None:
-    if not hasattr(net, "blocks"):
+def _text(net: MultiExit, recipe: Recipe) -> TextNet:
+    if not isinstance(net, TextNet):
         raise InvalidInput(f"{type(recipe).__name__} is for language models made with attach_lm; this is a network made with attach.")
+    return net
 
 
 @contextmanager
-def _changed(net: MultiExit, change: Callable[[int, nn.Module, Tensor, Tensor], Tensor]) -> Iterator[None]:
+def _changed(net: TextNet, change: Callable[[int, nn.Module, Tensor, Tensor], Tensor]) -> Iterator[None]:
     """Within, the state after each block is ``change(block number, block, state before, state after)``."""
 
     def hook(index: int) -> Any:
@@ -367,7 +368,7 @@ def _changed(net: MultiExit, change: Callable[[int, nn.Module, Tensor, Tensor], 
         return changed
 
     with ExitStack() as stack:
-        for index, path in enumerate(net.blocks):  # type: ignore[attr-defined]
+        for index, path in enumerate(net.blocks):
             handle = net.model.get_submodule(path).register_forward_hook(hook(index), with_kwargs=True)
             stack.callback(handle.remove)
         yield

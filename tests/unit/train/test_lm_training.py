@@ -12,7 +12,7 @@ from offramp.core.errors import InvalidInput
 from offramp.exits.cached import Adapter, Block
 from offramp.exits.lm import OwnNorm
 from offramp.language import attach_lm, load_lm
-from offramp.train import Distill, Explicit, Frozen, Joint, fit, packed, text_loader
+from offramp.train import Distill, Explicit, Frozen, Joint, fit, load_best, packed, text_loader
 from offramp.train.text import IGNORED, NextToken, TextNet, texts_in
 
 
@@ -142,3 +142,31 @@ def test_the_loss_of_a_text_is_the_mean_over_its_counted_tokens():
     soft = -(teacher.softmax(-1) * logits.log_softmax(-1)).sum(-1).mean(1)
     entropy = -(teacher.softmax(-1) * teacher.log_softmax(-1)).sum(-1).mean(1)
     torch.testing.assert_close(NextToken().match(logits, teacher, 1.0), soft - entropy)
+
+
+def test_checkpoints_of_a_frozen_model_hold_what_is_added_alone(model, blocks, tmp_path):
+    lm = attach_lm(model, [1], Adapter())
+    fit(lm, text_loader(blocks[:8], 8), epochs=1, output_dir=tmp_path, progress=False)
+    (saved,) = (tmp_path / "checkpoints").glob("*/state.safetensors")
+    added = sum(p.numel() * p.element_size() for p in lm.heads.parameters())
+    assert 3 * added < saved.stat().st_size < 3 * added + 8192  # weights and two moments
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] += 1
+    with pytest.raises(InvalidInput, match="holds another run: weights of the model was"):
+        fit(lm, text_loader(blocks[:8], 8), epochs=2, output_dir=tmp_path, progress=False)
+
+
+def test_the_best_evaluation_is_kept(model, blocks, tmp_path):
+    lm = attach_lm(model, [1], Adapter())
+    optimizer = lambda p: torch.optim.AdamW(p, 5e-3)  # noqa: E731
+    result = fit(
+        lm, text_loader(blocks[:32], 8), epochs=2, eval_loader=text_loader(blocks[32:40], 8, shuffle=False), output_dir=tmp_path,
+        optimizer=optimizer, progress=False,
+    )  # fmt: skip
+    assert result.best is not None and result.best["step"] == 8
+    best = {k: v.clone() for k, v in lm.heads.state_dict().items()}
+    with torch.no_grad():
+        for p in lm.heads.parameters():
+            p.zero_()
+    assert load_best(lm, tmp_path) == 8
+    assert all(torch.equal(v, best[k]) for k, v in lm.heads.state_dict().items())
