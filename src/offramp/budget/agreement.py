@@ -300,7 +300,8 @@ def certify_table(
             "Give two thresholds or more, strictest first."
         )
     order = np.random.default_rng(seed).permutation(losses.shape[0])
-    sample = Sample.of(np.maximum.accumulate(losses, axis=1)[order] if procedure.monotone else losses[order])
+    table = Sample.of(np.maximum.accumulate(losses, axis=1)[order] if procedure.monotone else losses[order])
+    sample = replace(table, binary=False)  # shares of a text: that these happen to be 0 or 1 must not choose the test
     certified = np.zeros(t.size, bool)
     free = int(math.isinf(t[0]))  # where no token leaves, none disagrees
     certified[:free] = True

@@ -2,8 +2,8 @@
 
 A round of ``k`` drafts writes ``1 + c_1 + c_1 c_2 + ...`` tokens a row in the time that `Candidate.round` gives; plain decoding takes
 ``full`` for one. The setting with the best ratio is chosen, and where none is better than plain the answer is not to speculate. Times come
-from this machine (`measure`), from whole captured rounds (`Candidate.of_rounds`) or, before there is a machine, from counting blocks
-(`Times.modelled`); acceptance from texts (`agreement`) or from what was seen while writing.
+from this machine (`measure` for the reference engine, `measure_rounds` for captured rounds) or, before there is a machine, from counting
+blocks (`Times.modelled`); acceptance from texts (`agreement`) or from what was seen while writing.
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ def plan_speculation(
         most: drafts of a round to consider.
         sampling: of the texts to be written; greedy by default.
         margin: see `choose`.
-        times: if they were measured already, with candidates in the order of `measure`.
+        times: if they were measured already, by `measure` or `measure_rounds` with the same ``lms``.
 
     Raises:
         InvalidInput: texts are too short, or an argument is out of range.

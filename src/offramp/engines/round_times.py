@@ -1,4 +1,4 @@
-"""What a round of drafts and a plain step take: measured on this machine, or counted in blocks.
+"""What a round of drafts and a plain step take: measured on this machine, part by part or in whole captured rounds, or counted in blocks.
 
 A round with ``k`` drafts takes ``k (shallow + draft) + shallow + deep(k + 1) + rest``.
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from offramp.core.errors import InvalidInput
 from offramp.core.modes import evaluating
 from offramp.engines.decoding import Rows
+from offramp.engines.rounds import Rounds
 from offramp.engines.sampling import Sampling
 from offramp.engines.speculate import Chances, Verify, one_round
 from offramp.language import LanguageModel
@@ -175,14 +177,78 @@ def measure(
     return Times(full, tuple(found), rows, context, str(device))
 
 
+def measure_rounds(
+    lms: LanguageModel | Mapping[str, LanguageModel],
+    *,
+    rows: int = 1,
+    context: int = 128,
+    lengths: Sequence[int] = (1, 2, 4, 6),
+    slots: int | None = None,
+    warmup: int = 5,
+    repeats: int = 30,
+    compiled: bool | None = None,
+) -> Times:
+    """Time whole rounds of `offramp.engines.rounds.Rounds`, and its plain step, on the model's device. Medians, milliseconds.
+
+    This is what a user of captured rounds waits for. Every length is captured anew, so only some are timed and those between are
+    interpolated; a round grows by one draft step and one position of the deep pass at a time.
+
+    Args:
+        lms: the model with its exits; or several, by the name of their heads, over the same model.
+        rows: of the batch.
+        context: tokens of each row before.
+        lengths: numbers of drafts to time, ascending, each at least 1.
+        slots: most tokens of a text that the decoder is made for; just enough by default.
+        warmup: calls before timing.
+        repeats: samples of each time.
+        compiled: see `Rounds`.
+
+    Raises:
+        InvalidInput: an argument is out of range, or the model has no exits.
+    """
+    named = dict(lms) if isinstance(lms, Mapping) else {"own": lms}
+    if not lengths or list(lengths) != sorted(set(lengths)) or lengths[0] < 1:
+        raise InvalidInput(f"lengths must be ascending numbers of drafts from 1 on, got {list(lengths)}.")
+    if rows < 1 or context < 1 or not named or any(not lm.exits for lm in named.values()):
+        raise InvalidInput(f"rows and context must be at least 1 and every model have exits; got {rows} and {context}.")
+    device = next(iter(named.values())).decoder.device
+
+    def timed(lm: LanguageModel, exit_index: int, drafts: int) -> float:
+        made = Rounds(lm, rows, slots or context + drafts + 2, drafts, exit_index, compiled=compiled)
+        made.generate(_prompts(lm, rows, context), 1)  # texts in place and finished: a round runs in full and changes nothing
+        with torch.inference_mode(), evaluating(lm.model, lm):
+            return clock.measure(made.graph().replay, warmup=warmup, repeats=repeats, device=device).median_ms
+
+    full = timed(next(iter(named.values())), 0, 0)
+    found = []
+    for name, lm in named.items():
+        for e, depth in enumerate(lm.exits):
+            known = [(k, timed(lm, e, k)) for k in lengths]
+            found.append(Candidate.of_rounds(e, depth, name, _between(known, full)))
+    return Times(full, tuple(found), rows, context, str(device))
+
+
+def _between(known: Sequence[tuple[int, float]], full: float) -> list[float]:
+    """Times of 1, 2, ... drafts, straight between those known; before the first, from the plain step to it."""
+    points = [(0, full), *known]
+    out = []
+    for k in range(1, points[-1][0] + 1):
+        (a, low), (b, high) = next(pair for pair in pairwise(points) if pair[0][0] < k <= pair[1][0])
+        out.append(low + (high - low) * (k - a) / (b - a))
+    return out
+
+
+def _prompts(lm: LanguageModel, rows: int, context: int) -> list[list[int]]:
+    found: list[list[int]] = torch.randint(0, lm.decoder.vocabulary, (rows, context), generator=torch.Generator().manual_seed(0)).tolist()
+    return found
+
+
 class _Scratch:
     """Rows that take one and the same step again and again."""
 
     def __init__(self, lm: LanguageModel, exit_index: int, rows: int, context: int, most: int) -> None:
-        g = torch.Generator().manual_seed(0)
-        prompts = torch.randint(0, lm.decoder.vocabulary, (rows, context), generator=g).tolist()
         self.mode = Verify(most, exit_index=exit_index)
-        self.rows = Rows(lm, prompts, most + 3, Sampling(), list(range(rows)), (), exit_index, most)
+        self.rows = Rows(lm, _prompts(lm, rows, context), most + 3, Sampling(), list(range(rows)), (), exit_index, most)
         first = self.rows.choose(self.rows.prefill())
         self.one = torch.ones_like(self.rows.length)
         self.rows.append(first[:, None], self.one, self.one[:, None])

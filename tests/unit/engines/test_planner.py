@@ -14,7 +14,7 @@ from offramp.core.errors import ArtifactError, InvalidInput
 from offramp.engines.agreement import Acceptance, agreement
 from offramp.engines.generate import Plain, Verify, generate
 from offramp.engines.planner import SpeculationPlan, choose, plan_speculation
-from offramp.engines.round_times import Candidate, Times, measure
+from offramp.engines.round_times import Candidate, Times, measure, measure_rounds
 from offramp.exits.cached import Adapter
 from offramp.exits.lm import OwnNorm, Trimmed
 from offramp.language import LanguageModel, attach_lm
@@ -263,9 +263,23 @@ def test_measuring_heads_that_attend():
     assert len(times.candidates) == 1 and times.candidates[0].most == 2
 
 
+def test_whole_rounds_are_timed_and_those_between_interpolated(lm):
+    before = generate(lm, [[5, 9, 2]], Plain(), max_new_tokens=8).tokens
+    times = measure_rounds(lm, rows=2, context=7, lengths=(2, 4), warmup=1, repeats=5)
+    assert [c.most for c in times.candidates] == [4, 4] and times.full > 0
+    for c in times.candidates:
+        assert c.round(3) == pytest.approx((c.round(2) + c.round(4)) / 2)
+        assert c.round(1) == pytest.approx((times.full + c.round(2)) / 2)
+        assert c.round(4) > times.full  # nine passes over parts of the model
+    assert choose(times, [Acceptance.constant(0.9, 4)] * 2).predictions
+    assert generate(lm, [[5, 9, 2]], Plain(), max_new_tokens=8).tokens == before
+
+
 @pytest.mark.parametrize(
     "make",
     [
+        lambda lm: measure_rounds(lm, lengths=(2, 1)),
+        lambda lm: measure_rounds(lm, lengths=(0, 1)),
         lambda lm: Acceptance((1.0,)),
         lambda lm: Acceptance((1.0, 2.5)),
         lambda lm: Acceptance.by_place([1.2]),

@@ -8,6 +8,7 @@ from math import prod
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from offramp.core.errors import InvalidInput
 from offramp.core.parts import part_from_dict, part_to_dict
@@ -99,6 +100,19 @@ def test_a_row_without_drafts_learns_nothing(rule):
     assert set(after) == set(state)
     for name in state:
         assert torch.equal(after[name], state[name])
+
+
+def test_a_graph_can_hold_it(rule):
+    """On tensors without values, nothing can wait for one: no synchronisation, no shape that depends on data."""
+    with FakeTensorMode():
+        state = rule.begin(4, MOST, CPU)
+        drafts = torch.randint(0, MOST, (4,))
+        for k in range(MOST):
+            go, state = rule.go(state, k + 1, torch.rand(4), torch.rand(4))
+            assert go.shape == (4,) and go.dtype == torch.bool
+        after = rule.learn(state, drafts, drafts)
+    first = rule.begin(4, MOST, CPU)
+    assert {k: (v.shape, v.dtype) for k, v in after.items()} == {k: (v.shape, v.dtype) for k, v in first.items()}
 
 
 def test_kangaroo_stops_after_a_draft_below_eta():
