@@ -133,6 +133,29 @@ def test_rows_that_left_are_not_computed(plan):
 # ---------------------------------------------------------------------------------------------------------------- ends of the range
 
 
+def test_where_nothing_is_checked_the_model_itself_runs():
+    """Its cut would give the same answer, a little later; in training mode only the cut gives it."""
+    model = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.5), nn.Linear(8, CLASSES)).eval()
+    net = attach(model, ["0"], example=torch.randn(2, 6))
+    with pytest.warns(NoEffectWarning):
+        run = compile(net, never(net, Confidence()), graphs=False)
+    calls: list[int] = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    x = torch.randn(5, 6)
+    with torch.inference_mode():
+        want = model(x)
+    for given in (x, x, x.double(), x[:0], x[3:]):
+        calls.clear()
+        answers = run(given)
+        assert len(calls) == (len(given) > 0) and answers.exit.tolist() == [1] * len(given)
+        assert torch.equal(answers.output, want[5 - len(given) :] if len(given) < 5 else want) or len(given) == 0
+    with pytest.raises(InvalidInput, match="dimension 1"):
+        run(torch.randn(2, 7))
+    model.train()
+    calls.clear()
+    assert torch.equal(run(x).output, want) and not calls
+
+
 @pytest.mark.parametrize("mode", [Latency(8), Throughput(8), Quota(8)])
 def test_never_leaving_is_the_model_bit_for_bit(mode, graphs):
     net = network()

@@ -464,6 +464,6 @@ def test_a_share_of_none_is_not_certain() -> None:
     """A bootstrap of a hundred zeros is [0, 0]; Wilson's interval says how much a hundred items can say."""
     mean = sys.modules["offramp.measure.report"]._mean
     nothing = mean(torch.zeros(100))
-    assert nothing.value == nothing.low == 0 and 0.03 < nothing.high < 0.05
+    assert nothing.value == nothing.low == 0 and nothing.high == pytest.approx(0.037, abs=0.001)
     some = mean(torch.tensor([0.25, 0.5, 0.75] * 30))
-    assert some.low < some.value == pytest.approx(0.5) < some.high
+    assert some.value == pytest.approx(0.5) and some.low < 0.5 < some.high
