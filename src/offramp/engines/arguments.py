@@ -161,6 +161,9 @@ def settings(model: Any, given: Mapping[str, Any], others: Mapping[str, Any], co
         found = [given.get(name), *(getattr(c, name, None) for c in sources)]
         return next((value for value in found if value is not None), default)
 
+    for name in ("max_new_tokens", "max_length", "top_k", "pad_token_id"):
+        if given.get(name) is not None and not isinstance(given[name], int):
+            raise InvalidInput(f"{name} must be a whole number, got {given[name]!r}.")
     ends, pad, stops = find("eos_token_id"), find("pad_token_id"), find("stop_strings", ())
     total = given.get("max_length")  # goes before a number of new tokens that is a default
     return Settings(

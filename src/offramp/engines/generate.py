@@ -139,7 +139,7 @@ def generate(
             texts,
             asked.new_tokens(max(map(len, texts)), most),
             asked.sampling,
-            list(range(seed, seed + len(texts))) if isinstance(seed, int) else list(seed),
+            _seeds(seed, len(texts)),
             asked.ends,
             None if isinstance(mode, Plain) else mode.exit_index,
             mode.draft_length if isinstance(mode, Verify) else 0,
@@ -149,6 +149,14 @@ def generate(
         rows.result.pad_token_id = asked.filling
         write(rows, mode)
         return rows.done()
+
+
+def _seeds(seed: int | Sequence[int], rows: int) -> list[int]:
+    if isinstance(seed, int):
+        return list(range(seed, seed + rows))
+    if not isinstance(seed, Sequence) or not all(isinstance(s, int) for s in seed):
+        raise InvalidInput(f"seed must be a whole number, or one for each of the {rows} prompts; got {seed!r}.")
+    return list(seed)
 
 
 def write(rows: Rows, mode: Mode) -> None:

@@ -18,6 +18,7 @@ from offramp.engines.decoding import Rows
 from offramp.engines.generate import Accept, Plain, generate, write
 from offramp.engines.sampling import Sampling
 from offramp.engines.speculate import Verify
+from offramp.exits.cached import Adapter, Block
 from offramp.exits.lm import Ending, LMHead
 from offramp.language import LanguageModel, attach_lm
 
@@ -127,6 +128,28 @@ class TestEqualToTransformers:
             model = build("llama", tie_word_embeddings=tied)
             found = generate(attach_lm(model, [2]), prompts((4,)), Verify(2), max_new_tokens=8)
             assert found.sequences.equal(own_greedy(model, prompts((4,)), 8))
+
+
+class TestExitsWithACache:
+    """Heads that attend to earlier tokens must be shown every token once, in every mode."""
+
+    @pytest.mark.parametrize("head", [Adapter(), Block()], ids=["adapter", "block"])
+    def test_verify_is_lossless_and_batch_mates_change_nothing(self, head: Any) -> None:
+        model = shared("llama", torch.float64)
+        lm = attach_lm(model, [1, 3], head)
+        with torch.no_grad():
+            for parameter in lm.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        texts = prompts((5, 1, 9, 3))
+        expected = own_greedy(model, texts, 14)
+        for mode in (Verify(3), Verify(4, exit_index=1)):
+            assert generate(lm, texts, mode, max_new_tokens=14).sequences.equal(expected)
+        for mode in (Verify(3, exit_index=1), Accept(0.05, cap=3, exit_index=1)):
+            for options in ({}, SAMPLED):
+                together = generate(lm, texts, mode, max_new_tokens=14, seed=3, **options)
+                for row, text in enumerate(texts):
+                    alone = generate(lm, [text], mode, max_new_tokens=14, seed=3 + row, **options)
+                    assert alone.tokens[0] == together.tokens[row] and alone.depth[0] == together.depth[row]
 
 
 class TestAccept:
