@@ -148,6 +148,7 @@ class BetaMixture:
 
     @property
     def grid(self) -> tuple[float, ...]:
+        """Thresholds to choose from, ascending."""
         return tuple(np.linspace(self.low, self.high, self.points).tolist())
 
     def likely(self, confidence: float) -> float:

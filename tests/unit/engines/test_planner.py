@@ -10,11 +10,13 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from offramp.budget.agreement import tolerant_thresholds
 from offramp.core.errors import ArtifactError, InvalidInput
 from offramp.engines.agreement import Acceptance, agreement
-from offramp.engines.generate import Plain, Verify, generate
+from offramp.engines.generate import Accept, Plain, Verify, generate
 from offramp.engines.planner import SpeculationPlan, choose, plan_speculation
 from offramp.engines.round_times import Candidate, Times, measure, measure_rounds
+from offramp.engines.sampling import Sampling
 from offramp.exits.cached import Adapter
 from offramp.exits.lm import OwnNorm, Trimmed
 from offramp.language import LanguageModel, attach_lm
@@ -124,10 +126,21 @@ def test_agreement_says_what_is_kept_of_drafts():
             assert sum(expected) > 0
 
 
+def test_a_threshold_without_tolerance_leaves_the_text_as_it_is(lm):
+    """From agreement to a threshold to an accepting run: where all that leave agree, the text is the full model's by induction."""
+    left = 0
+    for prompt in ([5, 9, 2], [3], [17, 40, 8, 1], [7, 7], [30, 2], [12]):
+        text = generate(lm, [prompt], Plain(), max_new_tokens=50).tokens[0]
+        seen = agreement(lm, [prompt + text], starts=[len(prompt) + 1])
+        for e, threshold in enumerate(tolerant_thresholds(seen.confidence, seen.agreed, 0.0)):
+            made = generate(lm, [prompt], Accept(min(threshold, 2.0), 4, e), max_new_tokens=50)
+            assert made.tokens[0] == text
+            left += sum(d == lm.exits[e] for d in made.depth[0])
+    assert left >= 8
+
+
 def test_agreement_when_sampling(lm):
     texts = [list(range(1, 20)), [7, 3, 3, 9, 1, 0]]
-    from offramp.engines.sampling import Sampling
-
     asked = Sampling(do_sample=True, temperature=0.8)
     drawn, fixed = agreement(lm, texts, sampling=asked), agreement(lm, texts, sampling=asked, sample_drafts=False)
     greedy = agreement(lm, texts)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from math import prod
 
 import pytest
 import torch
@@ -215,7 +214,7 @@ def rate(rule: DraftStop, draft: float, verify: float, seed: int, rounds: int = 
 
 
 def test_marginal_value_is_worth_it():
-    """Where acceptance varies and confidence tells, it beats every fixed length and the published threshold's default."""
+    """Where acceptance varies and confidence tells, it beats every fixed length."""
     draft, verify = 1.0, 4.0
     marginal = rate(MarginalValue(draft, verify), draft, verify, 0)
 
@@ -228,7 +227,6 @@ def test_marginal_value_is_worth_it():
 
     fixed = [rate(UpTo(k), draft, verify, 0) for k in range(1, MOST + 1)]
     assert marginal > 1.02 * max(fixed)
-    assert prod(fixed) > 0
 
 
 @pytest.mark.parametrize(
