@@ -84,6 +84,15 @@ class TestEqualToTransformers:
             assert generate(lm, texts[:3], mode, max_new_tokens=new).sequences[:, 17:].equal(expected[:3, 17:]), mode
             assert generate(lm, texts[2:3], mode, max_new_tokens=new).sequences.equal(expected[2:3]), mode
 
+    def test_two_hundred_prompts(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(decoding, "READ", 64)
+        model = shared("llama")
+        lm = attach_lm(model, [1, 3])
+        texts = prompts([1 + (7 * i) % 23 for i in range(200)])
+        expected = own_greedy(model, texts, 64)[:, 23:].tolist()
+        for mode in (Plain(), Verify(4), Verify(5, exit_index=1)):
+            assert generate(lm, texts, mode, max_new_tokens=64).tokens == expected
+
     @pytest.mark.parametrize("kind", ["all", "none", "random"])
     def test_drafts_of_any_quality(self, kind: str) -> None:
         model = agreeing() if kind == "all" else shared("llama")
