@@ -6,7 +6,20 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from offramp.backbones.kv import KVCache
 from offramp.core.errors import InvalidInput
@@ -117,6 +130,39 @@ def test_token_by_token_equals_one_pass(name, head):
             torch.testing.assert_close(lm.draft(states[:, first:last], 0, step), whole[:, first:last], rtol=1e-4, atol=1e-4)
         else:
             lm.observe(states[:, first:last], 0, step)
+
+
+SMALL = dict(
+    vocab_size=64, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, max_position_embeddings=64, bos_token_id=None,
+    eos_token_id=None, pad_token_id=None,
+)  # fmt: skip
+FAMILIES = {
+    "gemma2": lambda: Gemma2ForCausalLM(
+        Gemma2Config(**SMALL, intermediate_size=48, num_key_value_heads=2, head_dim=8, sliding_window=6)  # windows, soft capping
+    ),
+    "gpt_neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**SMALL, intermediate_size=48)),  # parallel blocks
+    "opt-350m": lambda: OPTForCausalLM(
+        OPTConfig(**SMALL, ffn_dim=48, word_embed_proj_dim=16, do_layer_norm_before=False)  # projections, no last norm
+    ),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SMALL, intermediate_size=48, num_key_value_heads=2, head_dim=16)),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("head", HEADS, ids=str)
+def test_heads_fit_every_family(family, head):
+    model = FAMILIES[family]().eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(3.0)
+    lm = randomised(attach_lm(model, [2], head))
+    plain = generate(lm, PROMPTS[:3], Plain(), max_new_tokens=10)
+    assert generate(lm, PROMPTS[:3], Verify(), max_new_tokens=10).tokens == plain.tokens
+    states = torch.randn(2, 9, 32)
+    cache, whole = lm.own_cache(0, 2, 9), lm.teach(states)
+    for t in range(9):
+        step = lm.decoder.step(cache, torch.full((2, 1), t))
+        torch.testing.assert_close(lm.draft(states[:, t : t + 1], 0, step), whole[:, t : t + 1], rtol=1e-3, atol=1e-3)
 
 
 def test_an_untrained_adapter_is_the_shared_exit():
