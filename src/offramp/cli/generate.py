@@ -11,8 +11,8 @@ import torch
 import typer
 from rich.text import Text
 
-from offramp.cli.base import OTHER, app, percent, table
-from offramp.cli.options import command, console
+from offramp.cli.base import OTHER, app, device_of, percent, table
+from offramp.cli.options import RunFlags, command, console
 from offramp.cli.records import optional
 from offramp.core.bundle import write_json
 from offramp.core.errors import InvalidInput
@@ -122,12 +122,9 @@ def generate_text(
 
 def _open(path: str, dtype: str, device: str | None) -> tuple[Any, Any]:
     """The model in evaluation mode and its tokenizer."""
-    from offramp.cli.base import device_of
-    from offramp.cli.options import RunFlags
-
     if dtype not in DTYPES:
         raise InvalidInput(f"--dtype is one of {', '.join(DTYPES)}, got {dtype!r}.")
-    where = device_of(RunFlags(Path(), device))
+    where = device_of(RunFlags(out=Path(), device=device))
     transformers = optional("transformers", "hf", "Generating text")
     kind: Any = dtype if dtype == "auto" else getattr(torch, dtype)
     try:
