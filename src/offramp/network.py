@@ -256,6 +256,22 @@ class MultiExit(nn.Module):
     _num_outputs: int = 0
 
 
+def _called(model: nn.Module, example: Example) -> Any:
+    """The model's output for the example.
+
+    Raises:
+        InvalidInput: forward does not take what it was given; a batch of a loader, labels included, is the usual reason.
+    """
+    try:
+        return model(*example.args, **example.kwargs)
+    except TypeError as error:
+        given = ", ".join([f"{len(example.args)} positional"] * bool(example.args) + list(example.kwargs))
+        raise InvalidInput(
+            f"{type(model).__name__} does not take the example ({given}): {error}. Give inputs alone, without labels, as forward takes "
+            "them: a tensor, a tuple of positional or a mapping of keyword inputs, or (args, kwargs)."
+        ) from error
+
+
 def _trains(model: nn.Module) -> bool:
     return any(p.requires_grad for p in model.parameters())
 
@@ -297,6 +313,8 @@ def attach(
         >>> [tuple(logits.shape) for logits in net(torch.randn(5, 8))]
         [(5, 3), (5, 3)]
     """
+    if not isinstance(model, nn.Module):
+        raise InvalidInput(f"attach takes a torch.nn.Module; got {type(model).__name__}.")
     shaped = as_example(example)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
@@ -312,7 +330,7 @@ def attach(
         raise InvalidInput(f"`at` must name at least one module and none twice, got {paths}.")
 
     with torch.no_grad(), evaluating(model), Taps(model, paths) as taps:
-        final = select(model(*placed.args, **placed.kwargs))
+        final = select(_called(model, placed))
         states = dict(zip(paths, taps.states, strict=True))
         order = list(taps.order)
     for path in paths:
@@ -325,7 +343,7 @@ def attach(
             )
     width = num_outputs if num_outputs is not None else int(final.shape[-1]) if final.ndim > 1 else 1
     given = head if head is not None else (system.head if system is not None and system.head is not None else PooledLinear())
-    specs = list(given) if isinstance(given, Sequence) else [given] * len(paths)
+    specs = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given] * len(paths)
     if len(specs) != len(paths):
         raise InvalidInput(f"{len(specs)} heads were given for {len(paths)} exits {paths}; give one for all or one for each.")
     for spec in specs:

@@ -250,6 +250,20 @@ def test_attaching_twice_gives_independent_exits():
     assert one.base_fingerprint() == two.base_fingerprint() and one.fingerprint() != two.fingerprint()
 
 
+@pytest.mark.parametrize(
+    ("model", "example", "head", "message"),
+    [
+        (Plain(), (*vectors(2), torch.zeros(2)), None, "does not take the example.*without labels"),
+        (Plain(), {"x": vectors(2)[0], "labels": torch.zeros(2)}, None, "does not take the example.*x, labels.*without labels"),
+        (torch.relu, vectors(2), None, r"takes a torch\.nn\.Module"),
+        (Plain(), vectors(2), "linear", r"A head is a part of offramp\.exits.*'linear'"),
+    ],
+)
+def test_what_attach_cannot_take(model, example, head, message):
+    with pytest.raises(InvalidInput, match=message):
+        attach(model, ["blocks.1"], example=example, head=head)
+
+
 def test_the_fingerprint_covers_heads_as_well_as_the_model():
     """A plan is about the exits it was calibrated on: heads that were trained further, or made anew, are others."""
     model = Plain().eval()
