@@ -1,5 +1,6 @@
 """Training: recipes as data and one small loop on accelerate."""
 
+from offramp.budget.depth_schedule import LinearDepth
 from offramp.train.gates import BestDepth, Gates, Lesson, Ponder, PredictLoss, TargetExit, Wrongness
 from offramp.train.loop import FitResult, fit, load_best
 from offramp.train.losses import CrossEntropy, ItemLoss, MeanSquared, NonFiniteLoss
@@ -30,7 +31,6 @@ from offramp.train.text_recipes import (
     Gradual,
     LayerDropout,
     Mean,
-    Monotone,
     Rotating,
     ShallowDeep,
     Skipping,
@@ -42,7 +42,7 @@ PARTS: dict[str, type] = {
     for c in (
         Alternating, BestDepth, CrossEntropy, Distill, EarlyWeighted, Equal, Explicit, FinalOnly, Frozen, Gates, IndexWeighted, Joint,
         MeanSquared, NextToken, Ponder, PredictLoss, Ramp, TargetExit, ToLast, ToNext, TwoStage, Wrongness,
-        Always, EarlyExitLoss, Gradual, LayerDropout, Mean, Monotone, Rotating, ShallowDeep, Skipping, Warmed,
+        Always, EarlyExitLoss, Gradual, LayerDropout, LinearDepth, Mean, Rotating, ShallowDeep, Skipping, Warmed,
     )
 }  # fmt: skip
 """Every part of this folder by name: what a saved recipe may name (a rule inside of `Gates` comes from `offramp.policies.PARTS`)."""

@@ -8,7 +8,7 @@ EE-Tuning                        ``Frozen()``: hard labels, heads alone
 EE-LLM                           ``Joint(Warmed((0.1, 0.2, 1.0)))``
 Sorted LLaMA                     ``Joint(Mean())`` with the shared head
 LayerSkip                        ``LayerDropout(EarlyExitLoss(depths, blocks, curriculum=Rotating(every)), rate)`` with the shared head
-SkipDecode                       ``Skipping(Joint(FinalOnly()), Monotone(most, least))``
+SkipDecode                       ``Skipping(LinearDepth(blocks, most, least))``
 FREE                             ``ShallowDeep(shallow)``
 ===============================  ===================================================================================================
 
@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from offramp.budget.depth_schedule import LinearDepth
 from offramp.core.errors import InvalidInput
 from offramp.train.losses import per_item
 from offramp.train.recipe import Explicit, FinalOnly, Joint, Objective, Recipe, Seen, weighted
@@ -160,35 +161,7 @@ class EarlyExitLoss(Recipe):
 
 
 @dataclass(frozen=True)
-class _Inside(Recipe):
-    inner: Recipe = field(default_factory=Joint)
-
-    def __post_init__(self) -> None:
-        if len(self.inner.phases()) != 1 or self.inner.module is not None or not self.inner.trains_model:
-            name = type(self).__name__
-            raise InvalidInput(f"{name} takes a recipe of one phase that trains the model, got {type(self.inner).__name__}.")
-
-    @property
-    def trains_heads(self) -> bool:
-        return self.inner.trains_heads
-
-    @property
-    def equilibrium(self) -> bool:
-        return self.inner.equilibrium
-
-    @property
-    def needs_cost(self) -> bool:
-        return self.inner.needs_cost
-
-    def observe(self, logits: tuple[Tensor, ...], states: tuple[Tensor, ...]) -> Any:
-        return self.inner.observe(logits, states)
-
-    def objective(self, seen: Seen) -> Objective:
-        return self.inner.objective(seen)
-
-
-@dataclass(frozen=True)
-class LayerDropout(_Inside):
+class LayerDropout(Recipe):
     """Each text skips each block by chance, deeper ones more often (LayerSkip, section 4.1.1).
 
     Block ``l`` of ``L``, counted from 0, is skipped with probability ``rate * (2^(l / (L - 1)) - 1)``: never the first, the last with
@@ -200,12 +173,23 @@ class LayerDropout(_Inside):
         rate: of the last block, in [0, 1]; paper 0.1 to 0.2.
     """
 
+    inner: Recipe = field(default_factory=Joint)
     rate: float = 0.1
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        _trains_model(self, self.inner)
         if not 0 <= self.rate <= 1:
             raise InvalidInput(f"rate must be in [0, 1], got {self.rate}.")
+
+    @property
+    def trains_heads(self) -> bool:
+        return self.inner.trains_heads
+
+    def observe(self, logits: tuple[Tensor, ...], states: tuple[Tensor, ...]) -> Any:
+        return self.inner.observe(logits, states)
+
+    def objective(self, seen: Seen) -> Objective:
+        return self.inner.objective(seen)
 
     def rates(self, blocks: int) -> tuple[float, ...]:
         """Chance of each block to be skipped."""
@@ -229,64 +213,50 @@ class LayerDropout(_Inside):
 # ---- SkipDecode ----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Monotone:
-    """How many blocks each position uses: fewer and fewer along a text (SkipDecode, Del Corro et al. 2023, section 3).
+def used(schedule: LinearDepth, length: int) -> Tensor:
+    """Bool ``[L, T]``: which blocks run at which positions of a text of ``length`` tokens."""
+    found = torch.zeros(schedule.blocks, length, dtype=torch.bool)
+    for place in range(length):
+        found[list(schedule.executed(place, length)), place] = True
+    return found
 
-    A position uses the first ``warm`` blocks and then the topmost; those of a later position are among those of every earlier one, so no
-    key or value is ever missing.
+
+@dataclass(frozen=True)
+class Skipping(Recipe):
+    """Trains, and evaluates, a model that skips blocks by position: as it will run (SkipDecode, Del Corro et al. 2023).
+
+    What runs at a position is a part of what ran at every earlier one, so that the keys and values a token misses are missed by nobody.
 
     Attributes:
-        most: blocks of the first position.
-        least: of the last.
-        warm: of them the first so many, at least 1.
+        schedule: which blocks run where; each text of a batch is taken as one, from its first token to its last.
+        inner: the loss; the model's own answer alone by default.
     """
 
-    most: int
-    least: int
-    warm: int = 1
+    schedule: LinearDepth
+    inner: Recipe = field(default_factory=lambda: Joint(FinalOnly()))
 
     def __post_init__(self) -> None:
-        if not 1 <= self.warm <= self.least <= self.most:
-            raise InvalidInput(f"1 <= warm <= least <= most is needed, got warm={self.warm}, least={self.least}, most={self.most}.")
+        _trains_model(self, self.inner)
 
-    def counts(self, length: int) -> tuple[int, ...]:
-        """Blocks used at each position of a text of ``length`` tokens, on a line from ``most`` to ``least``."""
-        return tuple(round(self.most - (self.most - self.least) * t / max(1, length - 1)) for t in range(length))
+    @property
+    def trains_heads(self) -> bool:
+        return self.inner.trains_heads
 
-    def used(self, blocks: int, length: int) -> Tensor:
-        """Bool ``[L, T]``: which blocks run at which positions.
+    def observe(self, logits: tuple[Tensor, ...], states: tuple[Tensor, ...]) -> Any:
+        return self.inner.observe(logits, states)
 
-        Raises:
-            InvalidInput: the model has fewer blocks than ``most``.
-        """
-        if self.most > blocks:
-            raise InvalidInput(f"The schedule starts with {self.most} blocks, but the model has {blocks}.")
-        block = torch.arange(blocks)[:, None]
-        return (block < self.warm) | (block >= blocks + self.warm - torch.tensor(self.counts(length)))
-
-
-@dataclass(frozen=True)
-class Skipping(_Inside):
-    """Trains, and evaluates, a model that skips blocks by position: as it will run (SkipDecode).
-
-    Attributes:
-        inner: the loss; ``Joint(FinalOnly())`` for the model's own answer alone.
-        schedule: which blocks run where; a block of tokens is taken as a whole text.
-    """
-
-    inner: Recipe = field(default_factory=lambda: Joint(FinalOnly()))
-    schedule: Monotone = field(default_factory=lambda: Monotone(1, 1))
+    def objective(self, seen: Seen) -> Objective:
+        return self.inner.objective(seen)
 
     @contextmanager
     def around(self, net: MultiExit) -> Iterator[None]:
         text = _text(net, self)
-        blocks = len(text.blocks)
-        self.schedule.used(blocks, 1)
+        if len(text.blocks) != self.schedule.blocks:
+            raise InvalidInput(f"The schedule is for {self.schedule.blocks} blocks, but the model has {len(text.blocks)}.")
 
         def skip(index: int, module: nn.Module, before: Tensor, after: Tensor) -> Tensor:
-            used = self.schedule.used(blocks, after.shape[1])[index].to(after.device)
-            return torch.where(used[None, :, None], after, before)
+            runs = used(self.schedule, after.shape[1])[index].to(after.device)
+            return torch.where(runs[None, :, None], after, before)
 
         with self.inner.around(net), _changed(text, skip):
             yield
@@ -348,6 +318,14 @@ def layerwise(shallow: tuple[Tensor, ...], deep: tuple[Tensor, ...]) -> Tensor:
 # ---- hooks ---------------------------------------------------------------------------------------------------------------
 
 
+def _trains_model(outer: Recipe, inner: Recipe) -> None:
+    if len(inner.phases()) != 1 or inner.module is not None or not inner.trains_model or inner.equilibrium or inner.needs_cost:
+        name = type(outer).__name__
+        raise InvalidInput(
+            f"{name} takes a recipe of one phase that trains the model, without a rule, gradient equilibrium or costs; got {inner!r}."
+        )
+
+
 def _text(net: MultiExit, recipe: Recipe) -> TextNet:
     if not isinstance(net, TextNet):
         raise InvalidInput(f"{type(recipe).__name__} is for language models made with attach_lm; this is a network made with attach.")
@@ -381,10 +359,10 @@ __all__ = [
     "Gradual",
     "LayerDropout",
     "Mean",
-    "Monotone",
     "Rotating",
     "ShallowDeep",
     "Skipping",
     "Warmed",
     "layerwise",
+    "used",
 ]

@@ -10,6 +10,7 @@ from lm_texts import acceptance, corpus, llama, speaker
 from torch import nn
 
 import offramp.train as train
+from offramp.budget.depth_schedule import LinearDepth
 from offramp.core.errors import InvalidInput
 from offramp.core.parts import part_from_dict, part_to_dict
 from offramp.exits.cached import Block
@@ -25,7 +26,6 @@ from offramp.train import (
     Joint,
     LayerDropout,
     Mean,
-    Monotone,
     Rotating,
     ShallowDeep,
     Skipping,
@@ -34,14 +34,14 @@ from offramp.train import (
     text_loader,
 )
 from offramp.train.text import TextNet
-from offramp.train.text_recipes import layerwise
+from offramp.train.text_recipes import layerwise, used
 
 RECIPES = [
     Joint(Mean()),
     Joint(Warmed((0.1, 1.0), cosine=True)),
     LayerDropout(EarlyExitLoss((2,), 4, 0.5, Rotating(2)), 0.3),
     EarlyExitLoss((2,), 4, curriculum=Gradual()),
-    Skipping(schedule=Monotone(4, 2)),
+    Skipping(LinearDepth(4, 4, 2)),
     ShallowDeep(2),
 ]
 
@@ -150,29 +150,27 @@ def test_layer_dropout_drops_deeper_blocks_more_and_only_in_training():
 # ---- SkipDecode ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_monotone_schedule_never_needs_a_block_that_an_earlier_position_skipped():
-    for most, least, warm in ((8, 2, 1), (8, 8, 3), (5, 3, 2)):
-        used = Monotone(most, least, warm).used(8, 11)
-        assert used.sum(0).tolist() == list(Monotone(most, least, warm).counts(11))
-        assert used[:warm].all() and (used[:, 1:] <= used[:, :-1]).all()
-    with pytest.raises(InvalidInput, match="warm <= least <= most"):
-        Monotone(2, 3)
+def test_a_schedule_never_needs_a_block_that_an_earlier_position_skipped():
+    for schedule in (LinearDepth(8, 8, 2), LinearDepth(8, 8, 8, 3), LinearDepth(8, 5, 3, 2)):
+        runs = used(schedule, 11)
+        assert runs.sum(0).tolist() == [schedule.depth(t, 11) for t in range(11)]
+        assert runs[: schedule.warmup].all() and (runs[:, 1:] <= runs[:, :-1]).all()
     with pytest.raises(InvalidInput, match="the model has 4"):
-        Monotone(5, 3).used(4, 3)
+        fit(attach_lm(llama(), [2]), text_loader(corpus()[:4], 4), Skipping(LinearDepth(5, 3, 2)), epochs=1, progress=False)
 
 
 def test_training_under_the_schedule_sees_what_decoding_under_it_would():
     lm = attach_lm(speaker(), [1])
-    net, schedule, tokens = TextNet(lm), Monotone(4, 2), corpus()[:3, :12]
-    with torch.no_grad(), Skipping(schedule=schedule).around(net):
+    net, schedule, tokens = TextNet(lm), LinearDepth(4, 4, 2), corpus()[:3, :12]
+    with torch.no_grad(), Skipping(schedule).around(net):
         found = net(input_ids=tokens)[-1]
-    cache, used, expected = lm.decoder.cache(3, 12), schedule.used(4, 12), []
+    cache, runs, expected = lm.decoder.cache(3, 12), used(schedule, 12), []
     with torch.no_grad():
         for t in range(12):
             step = lm.decoder.step(cache, torch.full((3, 1), t), length=t + 1)
             hidden = lm.decoder.embed(tokens[:, t : t + 1], step)
             for k in range(4):
-                if used[k, t]:
+                if runs[k, t]:
                     hidden = lm.decoder.run(hidden, k, k + 1, step)
             expected.append(lm.decoder.logits(hidden))
         expected_full = net(input_ids=tokens)[-1]
