@@ -15,9 +15,9 @@ from offramp.core.bundle import check_base, fingerprint, load_bundle, save_bundl
 from offramp.core.errors import ArtifactError, InvalidInput
 from offramp.core.parts import part_from_dict, part_to_dict
 from offramp.exits.cached import Adapter, Block
-from offramp.exits.lm import Ending, LMHead, LMHeadSpec, OwnNorm, Shared, Trimmed
+from offramp.exits.lm import Ending, LMHead, LMHeadSpec, OwnNorm, OwnOutput, Shared, Trimmed
 
-LM_PARTS: dict[str, type] = {c.__name__: c for c in (Shared, OwnNorm, Trimmed, Adapter, Block)}
+LM_PARTS: dict[str, type] = {c.__name__: c for c in (Shared, OwnNorm, OwnOutput, Trimmed, Adapter, Block)}
 """Heads of language models by name: what a saved file may name."""
 
 _STEM, _KIND = "lm", "lm exits"
@@ -88,7 +88,18 @@ class LanguageModel(nn.Module):
         return fingerprint(self.model)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write ``lm.json`` and ``lm.safetensors``: the added weights alone, and the fingerprint of the model they were trained on."""
+        """Write ``lm.json`` and ``lm.safetensors``: the added weights alone, and the fingerprint of the model they were trained on.
+
+        A model that was trained along with its exits is another one than before; save it too, with its own ``save_pretrained``.
+
+        Args:
+            folder: made if missing.
+
+        Raises:
+            InvalidInput: the heads were given as modules, so they cannot be described as data.
+        """
+        if len(self.specs) != len(self.exits):
+            raise InvalidInput("The heads were given as modules; save needs heads given as parts. Make the model with attach_lm.")
         content = {
             "base": type(self.model).__qualname__,
             "fingerprint": self.base_fingerprint(),

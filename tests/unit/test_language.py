@@ -11,8 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from offramp.core.errors import ArtifactError, FingerprintMismatch, InvalidInput
 from offramp.exits.cached import Adapter, Block
-from offramp.exits.lm import OwnNorm, Shared, Trimmed
-from offramp.language import attach_lm, load_lm
+from offramp.exits.lm import OwnNorm, OwnOutput, Shared, Trimmed
+from offramp.language import LanguageModel, attach_lm, load_lm
 
 HEADS = [Shared(), OwnNorm(), Trimmed((3, 1, 2)), Adapter(heads=2), Block(fresh=True)]
 
@@ -111,3 +111,20 @@ def test_heads_must_be_parts_and_one_each(model):
     for wrong in ([], [0], [6], [3, 2]):
         with pytest.raises(InvalidInput, match="ascending numbers of blocks from 1 to 5"):
             attach_lm(model, wrong)
+
+
+def test_heads_given_as_modules_cannot_be_saved(model, tmp_path):
+    lm = attach_lm(model, [2])
+    with pytest.raises(InvalidInput, match="given as modules"):
+        LanguageModel(lm.decoder, lm.exits, list(lm.heads)).save(tmp_path)
+
+
+def test_an_output_layer_of_its_own_comes_back(model, tmp_path):
+    lm = attach_lm(model, [2], OwnOutput())
+    states = torch.randn(2, 3, 16)
+    assert torch.equal(lm.draft(states), attach_lm(model, [2]).draft(states))
+    with torch.no_grad():
+        lm.heads[0].output.weight.add_(1)
+    assert not torch.equal(lm.draft(states), attach_lm(model, [2]).draft(states))
+    lm.save(tmp_path)
+    assert torch.equal(load_lm(model, tmp_path).draft(states), lm.draft(states))

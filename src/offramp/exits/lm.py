@@ -95,6 +95,17 @@ class OwnNorm:
 
 
 @dataclass(frozen=True)
+class OwnOutput:
+    """A norm and an output layer of its own, started as copies of the model's (EE-LLM's untied exits; self-supervised early exits).
+
+    As large as the model's vocabulary times its width; a bound that the model puts on its logits is not applied.
+    """
+
+    def build(self, ending: Ending) -> LMHead:
+        return _OwnOutput(ending)
+
+
+@dataclass(frozen=True)
 class Trimmed:
     """The model's norm and only some rows of its output layer.
 
@@ -136,6 +147,16 @@ class _OwnNorm(LMHead):
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.ending[0].head(self.ending[0].after(self.norm(hidden)))
+
+
+class _OwnOutput(_OwnNorm):
+    def __init__(self, ending: Ending) -> None:
+        super().__init__(ending)
+        self.output = copy.deepcopy(ending.output).requires_grad_(True)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        logits: Tensor = self.output(self.ending[0].after(self.norm(hidden)))
+        return logits
 
 
 class _Trimmed(LMHead):

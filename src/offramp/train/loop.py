@@ -14,6 +14,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from offramp.core.batches import Batch
 from offramp.core.bundle import save_bundle
 from offramp.core.errors import InvalidInput
@@ -138,6 +140,8 @@ def fit(
     if isinstance(net, LanguageModel):
         if accelerator is not None and check_sharding(accelerator):
             raise InvalidInput("Sharded training of a language model with exits is not supported; use one process or DDP.")
+        if isinstance(train_loader, Tensor):
+            raise InvalidInput("Blocks of tokens were given where a loader is needed: fit(lm, text_loader(blocks, batch_size=8), ...).")
         net, loss = TextNet(net), loss or NextToken()
         recipe = recipe if recipe is not None else Frozen(Distill(temperature=1.0, alpha=1.0))
     chosen = recipe if recipe is not None else (net.system.recipe if net.system is not None and net.system.recipe is not None else Joint())

@@ -126,6 +126,8 @@ def test_too_little_text_and_wrong_tokens_are_refused(model):
     with pytest.raises(InvalidInput, match="at least 2"):
         packed(["ab"], tokenizer, 1)
     lm = attach_lm(model, [1], Adapter())
+    with pytest.raises(InvalidInput, match="where a loader is needed"):
+        fit(lm, torch.zeros(2, 4, dtype=torch.int64), epochs=1, progress=False)
     with pytest.raises(InvalidInput, match="Token ids range over"):
         fit(lm, text_loader(torch.full((2, 4), 99), 2), epochs=1, progress=False)
 
