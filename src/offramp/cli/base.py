@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -16,8 +17,8 @@ from offramp.cli.data import Records
 from offramp.cli.options import DataFlags, ModelFlags, RunFlags, console
 from offramp.cli.parts import parse_part
 from offramp.core.batches import unpack_batch
-from offramp.core.bundle import load_bundle
-from offramp.core.errors import InvalidInput
+from offramp.core.bundle import load_bundle, read_json, write_json
+from offramp.core.errors import InvalidInput, OfframpWarning
 from offramp.core.protocols import Rule
 from offramp.core.system import System
 from offramp.core.trace import LatencyTable, Trace
@@ -91,6 +92,36 @@ def inside(out: Path, name: str, made_by: str) -> Path:
     if not (out / name).is_dir():
         raise InvalidInput(f"{out} has no {name}/: run `offramp {made_by} --out {out}` first.")
     return out / name
+
+
+def note_items(run: RunFlags, verb: str, items: DataFlags) -> None:
+    """Keep in the run's folder which items a command used, and warn where an earlier one used some of them.
+
+    Thresholds chosen on training items trust the exits too much, and figures of items that chose thresholds are flattered.
+    """
+    path = run.out / "items.json"
+    used: dict[str, dict[str, Any]] = read_json(path) if path.is_file() else {}
+    location, _, keys = items.data.partition("::")
+    mine = {"data": str(Path(location).resolve()), "keys": keys, "split": items.split, "part": items.part, "part_seed": items.part_seed}
+    for earlier, why in (("fit", "was trained on"), ("record", "chose the thresholds")):
+        if earlier == verb:
+            break
+        if earlier in used and _overlap(used[earlier], mine):
+            warnings.warn(
+                f"These items (part {items.part}) include some of what {why} (part {used[earlier]['part']} in `{earlier}`): what they "
+                "show is flattered, and a promise made on them does not hold. Give each command its own --part.",
+                OfframpWarning,
+                stacklevel=2,
+            )
+    write_json(path, {**used, verb: mine})
+
+
+def _overlap(one: dict[str, Any], two: dict[str, Any]) -> bool:
+    """Whether two parts of the same data share items; parts of different orders are taken to."""
+    if any(one[k] != two[k] for k in ("data", "keys", "split")):
+        return False
+    (a, b), (c, d) = (tuple(map(float, each["part"].split(":"))) for each in (one, two))
+    return max(a, c) < min(b, d) or one["part_seed"] != two["part_seed"]
 
 
 def rule_named(text: str | None, system: System | None) -> Rule:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from offramp.cli.base import WORK, app, inside, open_run, percent, table, trace_of, without_labels
+from offramp.cli.base import WORK, app, inside, note_items, open_run, percent, table, trace_of, without_labels
 from offramp.cli.data import Records
 from offramp.cli.options import DataFlags, ModelFlags, RunFlags, command, console, whole_numbers
 from offramp.core.bundle import read_json, write_json
@@ -66,6 +66,7 @@ def evaluate(
     Example: `offramp evaluate --config runs/photos/config.toml --part 0.8:1`
     """
     net, records, plan = _open(model, items, run)
+    note_items(run, "evaluate", items)
     trace = trace_of(net, records, items, [plan.rule])
     trace.save(run.out / "test")
     runner = classify.compile(net, plan, _mode(mode, items.batch_size), drop=False if keep_all_exits else None)

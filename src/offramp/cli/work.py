@@ -15,6 +15,7 @@ from offramp.cli.base import (
     app,
     device_of,
     inside,
+    note_items,
     open_model,
     open_run,
     percent,
@@ -111,6 +112,7 @@ def fit(
     repeatable = model.weights is not None or model.pretrained or model.model.startswith("hf:")
     net.save(run.out / "adapter", include_base=any(phase.recipe.trains_model for phase in how.phases()) or not repeatable)
     _write_config(model, items, run, net, records)
+    note_items(run, "fit", items)
     epoch_losses = [r["loss"] for r in result.history if r["event"] == "epoch" and r["loss"] is not None]
     table("Training", ("epoch", "mean loss"), [(str(i + 1), float(v)) for i, v in enumerate(epoch_losses)])
     console.print(f"Saved {run.out / 'adapter'}. Next: offramp record --config {run.out / 'config.toml'} --part ...")
@@ -144,6 +146,7 @@ def record(
     Example: `offramp record --config runs/photos/config.toml --part 0.6:0.8`
     """
     net, records = open_run(model, items, run, labels_needed=not unlabelled)
+    note_items(run, "record", items)
     rules = [rule_named(text, None) for text in rule or ()]
     trace = trace_of(net, records, items, rules, latency_table(net, time_at, rules[0] if rules else Confidence()))
     trace.save(run.out / "trace")

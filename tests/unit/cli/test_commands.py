@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -56,6 +57,22 @@ class TestTheWholeWay:
     def test_plan_meets_its_target(self, run: Path) -> None:
         plan = load_plan(run / "plan")
         assert type(plan.rule).__name__ == "Margin" and plan.mean_cost <= 0.7 + 1e-9 and sum(plan.shares[:-1]) > 0
+
+    def test_items_used_twice_are_named(self, run: Path, tmp_path: Path, offramp: Call) -> None:
+        copy = tmp_path / "copy"
+        shutil.copytree(run, copy)
+        rest = ("--config", run / "config.toml", "--out", copy)
+        for words, overlap in (
+            (("record", *rest), "was trained on"),  # by default all items, those of training among them
+            (("record", *rest, "--part", "0.4:0.6"), "was trained on"),
+            (("record", *rest, "--part", "0.6:0.8", "--part-seed", "1"), "was trained on"),
+            (("record", *rest, "--part", "0.6:0.8"), None),
+            (("evaluate", *rest, "--part", "0.7:0.9"), "chose the thresholds"),
+            (("evaluate", *rest, "--part", "0.8:1"), None),
+        ):
+            result = offramp(*words)
+            assert result.exit_code == 0, result.output
+            assert ("These items" in result.output) == (overlap is not None) and (overlap or "") in result.output, (words, result.output)
 
     def test_evaluate_bench_report(self, run: Path, offramp: Call) -> None:
         rest = ("--config", run / "config.toml", "--part", "0.8:1")
