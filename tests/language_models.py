@@ -45,8 +45,16 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "opt_350m": ("OPT", {**_OPT, "word_embed_proj_dim": 16, "do_layer_norm_before": False}),
     "phi3": ("Phi3", {**_COMMON, "num_key_value_heads": 2}),
     "olmo2": ("Olmo2", {**_COMMON, "num_key_value_heads": 2}),
+    "olmo3": ("Olmo3", {**_COMMON, "num_key_value_heads": 2, "sliding_window": 5}),
+    "starcoder2": ("Starcoder2", {**_COMMON, "num_key_value_heads": 2, "sliding_window": 5}),
+    "phi": ("Phi", _COMMON),
+    "cohere": ("Cohere", {**_COMMON, "num_key_value_heads": 2, "logit_scale": 0.3}),
+    "granite": (
+        "Granite",
+        {**_COMMON, "num_key_value_heads": 2, "logits_scaling": 2.0, "embedding_multiplier": 3.0, "residual_multiplier": 0.5},
+    ),
 }
-FULL_ATTENTION = ("llama", "qwen3", "gemma", "gpt2", "gpt_neox", "opt", "opt_350m", "phi3", "olmo2")
+FULL_ATTENTION = ("llama", "qwen3", "gemma", "gpt2", "gpt_neox", "opt", "opt_350m", "phi3", "olmo2", "phi", "cohere", "granite")
 
 
 def build(family: str, dtype: torch.dtype = torch.float32, **options: Any) -> Any:

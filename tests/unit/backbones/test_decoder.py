@@ -65,7 +65,9 @@ class TestFamilies:
         model = shared(family)
         made = decoder(model)
         assert len(made) == 4 and made.vocabulary == VOCABULARY and made.width == 32
-        windows = {"qwen2_window": [None, None, 5, 5], "mistral": [5] * 4, "gemma2": [5, None, 5, None], "gemma3": [5, None, 5, None]}
+        half = [5, None, 5, None]
+        windows = {"qwen2_window": [None, None, 5, 5], "mistral": [5] * 4, "gemma2": half, "gemma3": half}
+        windows |= {"olmo3": [5, 5, 5, None], "starcoder2": [5] * 4}
         assert made.windows == windows.get(family, [None] * 4)
         assert made.max_positions == (128 if family in ("gpt2", "opt", "opt_350m") else None)
 
@@ -84,8 +86,11 @@ class TestLowPrecision:
         assert len(decoder(build("llama", torch.bfloat16))) == 4
 
 
-def _cohere() -> Any:
-    return transformers.CohereForCausalLM(transformers.CohereConfig(**_TINY, pad_token_id=0, bos_token_id=1, eos_token_id=2))
+def _bigcode() -> Any:
+    """Its attention wants a mask of another shape."""
+    return transformers.GPTBigCodeForCausalLM(
+        transformers.GPTBigCodeConfig(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+    )
 
 
 def _bloom() -> Any:
@@ -140,7 +145,7 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("make", "message"),
         [
-            (_cohere, "CohereForCausalLM does more than its blocks, norm and output layer"),
+            (_bigcode, "The blocks of GPTBigCodeForCausalLM do not run one by one over a cache.*RuntimeError"),
             (_changed, "Louder does more than its blocks, norm and output layer.*differ by"),
             (_bloom, "BloomForCausalLM has neither rotary positions.*nor a table of positions"),
             (_gptj, "GPTJForCausalLM has neither rotary positions.*nor a table of positions"),
