@@ -4,6 +4,7 @@
 
     OfframpError
     |-- NotCuttable           the model cannot be split at the requested place
+    |-- UnsupportedModel      a language model cannot be decoded block by block
     |-- InvalidInput          an argument, file or batch is not what was expected
     |   `-- ArtifactError     a saved file is truncated, altered or foreign
     |-- FingerprintMismatch   an artifact belongs to another model
