@@ -157,14 +157,32 @@ def ideal(reach: list[float], segment_ms: list[float]) -> float:
 
 
 def efficiency(
-    reach: list[float], chain_ms: list[float], alone_ms: list[float] | None, measured_ms: float, batches: float
+    reach: list[float],
+    segment_ms: list[float],
+    chain: list[float] | None,
+    alone_ms: list[float] | None,
+    samples: list[float],
+    batches: float,
 ) -> dict[str, Any]:
-    """Fields of a row: ideal times of ``batches`` full batches and what share of the measured time they are."""
-    row: dict[str, Any] = {"reach": [round(r, 4) for r in reach], "ideal_ms": ideal(reach, chain_ms) * batches}
-    row["exit_efficiency"] = row["ideal_ms"] / measured_ms
+    """Fields of a row: ideal times of ``batches`` full batches and what share of the measured time they are.
+
+    Args:
+        reach: share of the rows that reaches each segment.
+        segment_ms: of the chain, medians.
+        chain: times of the whole chain in the rounds of ``samples``. On a machine that drifts the ratio is taken within each round and
+            its median reported; without, medians are divided.
+        alone_ms: of each segment repeated by itself.
+        samples: measured times.
+        batches: full batches that a sample holds.
+    """
+    row: dict[str, Any] = {"reach": [round(r, 4) for r in reach], "ideal_ms": ideal(reach, segment_ms) * batches}
+    row["exit_efficiency"] = row["ideal_ms"] / statistics.median(samples)
+    if chain is not None:
+        share = ideal(reach, segment_ms) / sum(segment_ms)
+        row["exit_efficiency"] = statistics.median(share * c / m for c, m in zip(chain, samples, strict=True))
     if alone_ms is not None:
         row["ideal_alone_ms"] = ideal(reach, alone_ms) * batches
-        row["exit_efficiency_alone"] = row["ideal_alone_ms"] / measured_ms
+        row["exit_efficiency_alone"] = row["ideal_alone_ms"] / statistics.median(samples)
     return row
 
 
@@ -217,8 +235,8 @@ def throughput(
                 "bucket": bucket,
                 "items": whole,
                 "median_ms": median,
-                **efficiency(reach, segment_ms, alone, median, whole / bucket),
-                "over_full": median / full_ms,
+                **efficiency(reach, segment_ms, None if images.is_cuda else samples["chain"], alone, times, whole / bucket),
+                "over_full": statistics.median(t / f for t, f in zip(times, samples["full"], strict=True)),
                 "samples_ms": times,
             }
         )
@@ -305,7 +323,8 @@ def main() -> None:
         alone = chain.alone_ms(clock)
         runners["chain"] = chain
         samples = clock.passes({n: (lambda r=r, batches=batches: drive(r, batches)) for n, r in runners.items()})
-        del samples["chain"], runners["chain"]
+        chained = samples.pop("chain")
+        del runners["chain"]
         segment_ms = chain.median_ms()
         # On a CPU a call returns when it is done, so waiting changes nothing.
         waited = (
@@ -320,11 +339,14 @@ def main() -> None:
             row["waited_ms"] = statistics.median(waited[name]) / len(batches)
             if name in exits:
                 reach = [float((exits[name] >= k).float().mean()) for k in range(len(net.names))]
-                row |= efficiency(reach, segment_ms, alone, median, 1)
+                row |= efficiency(reach, segment_ms, None if device.type == "cuda" else chained, alone, times, len(batches))
+                row["ideal_ms"] /= len(batches)
+                if alone is not None:
+                    row["ideal_alone_ms"] /= len(batches)
             else:
                 row["segment_ms"] = segment_ms
                 row["floor_ms"] = limit.floor_ms(flops, sum(s.param_bytes for s in net.cut().spec.segments))
-            row["over_full"] = median / (statistics.median(samples["full"]) / len(batches))
+            row["over_full"] = statistics.median(t / f for t, f in zip(times, samples["full"], strict=True))
             keep(row)
 
 
