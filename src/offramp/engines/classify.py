@@ -28,7 +28,7 @@ from offramp.engines import host
 from offramp.engines.graph_stream import Streams
 from offramp.engines.graphs import MAX_SIGNATURES, GraphLoop, quota_pipeline
 from offramp.engines.modes import Latency, Mode, Quota, Throughput, quota_sizes
-from offramp.engines.profile import interpolate, measure_table, worthwhile
+from offramp.engines.profile import expected_ms, interpolate, measure_table, whole_ms, worthwhile
 from offramp.engines.queues import Answers, Queues
 from offramp.engines.stages import Layout, Rows, Stage, begin, exit_costs, make_stages, placed, signature, take
 from offramp.network import Example, MultiExit
@@ -281,12 +281,17 @@ def compile(  # noqa: A001 - the verb, as in torch.compile
     guaranteed = plan.certificate is not None and plan.certificate.guaranteed
     with torch.inference_mode():
         runner = _build(net, plan, mode, decide, use_graphs)
-        if measure and table is None and any(decide):
+        timed = measure and table is None and any(decide)
+        if timed:
             sizes = sorted({1, *(4**p for p in range(1, 16) if 4**p < size), size})
             table = runner.loop_table(size) if runner.loop is not None else measure_table(net, plan, sizes)
         if table is None or not any(decide):
             return runner
         pays = worthwhile(plan, table, size, decide, chained=runner.stages[0].keep_previous)
+        if timed and runner.loop is None and any(pays):
+            chained = runner.stages[0].keep_previous or plan.rule.stateful
+            if expected_ms(plan, table, size, pays, chained) > whole_ms(net, plan, size):  # so small that deciding costs more than running
+                pays = [False] * len(pays)
         losing = [k for k, (yes, pay) in enumerate(zip(decide, pays, strict=True)) if yes and not pay]
         if losing and (drop if drop is not None else not guaranteed):
             runner = _build(net, plan, mode, [yes and k not in losing for k, yes in enumerate(decide)], use_graphs)

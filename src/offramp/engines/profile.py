@@ -11,6 +11,7 @@ import torch
 
 from offramp.core.certificate import Plan
 from offramp.core.trace import LatencyTable
+from offramp.engines import host
 from offramp.engines.stages import begin, make_stages, take
 from offramp.network import MultiExit
 
@@ -112,8 +113,21 @@ def worthwhile(plan: Plan, table: LatencyTable, batch_size: int, decide: Sequenc
     return keep
 
 
+def whole_ms(net: MultiExit, plan: Plan, size: int) -> float:
+    """Time of all segments in one go, nothing checked on the way, on a batch of repeated example rows."""
+    (stage,) = make_stages(net, plan, [False] * len(net.at))
+    example = net.example.to(net.device, net.dtype)
+    rows, layout, two = begin(net, plan, example.args, example.kwargs)
+    rows = take(rows, layout, torch.arange(size, device=net.device) % two)
+    with torch.inference_mode():
+        return median_ms(functools.partial(stage, *rows), net.device)
+
+
 def measure_table(net: MultiExit, plan: Plan, batch_sizes: Sequence[int]) -> LatencyTable:
-    """Time every segment, head and gather at some batch sizes, on the network's device, on repeated example rows."""
+    """Time every segment, head and gather at some batch sizes, on the network's device, on repeated example rows.
+
+    ``sync_ms`` is what a decision costs beside them: on CUDA reading a count, elsewhere the host's own work.
+    """
     every = make_stages(net, plan, [True] * len(net.at))
     example = net.example.to(net.device, net.dtype)
     first, layout, two = begin(net, plan, example.args, example.kwargs)
@@ -138,8 +152,15 @@ def measure_table(net: MultiExit, plan: Plan, batch_sizes: Sequence[int]) -> Lat
             segment_ms.append(segments)
             head_ms.append(heads)
             gather_ms.append(max(gathers, default=0.0))
-    flag = torch.zeros(1, device=device)
-    sync = median_ms(lambda: bool(flag.any()), device) if device.type == "cuda" else 0.0
+        if device.type == "cuda":
+            flag = torch.zeros(1, device=device)
+            sync = median_ms(lambda: bool(flag.any()), device)
+        else:
+            few = batch_sizes[0]
+            rows = take(first, layout, torch.arange(few, device=device) % two)
+            nobody = [float("inf")] * len(every)
+            whole = median_ms(lambda: host.latency(every, nobody, rows, few, lambda *_: False), device)
+            sync = max(0.0, whole - sum(segment_ms[0]) - sum(head_ms[0])) / max(1, len(every) - 1)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     return LatencyTable(
         tuple(batch_sizes),
