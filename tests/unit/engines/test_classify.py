@@ -618,7 +618,7 @@ def test_measured_table(plan):
     assert table.batch_sizes == (1, 8) and table.segment_ms.shape == table.head_ms.shape == (EXITS + 1, 2)
     assert (table.segment_ms >= 0).all() and (table.segment_ms.sum(0) > 0).all()
     assert (table.head_ms[:-1] > 0).all() and (table.head_ms[-1] == 0).all()
-    assert (table.gather_ms > 0).all() and table.sync_ms == 0.0 and table.device.startswith("CPU")
+    assert (table.gather_ms > 0).all() and table.sync_ms >= 0.0 and table.device.startswith("CPU")
 
 
 @pytest.mark.filterwarnings("ignore::offramp.core.errors.NoSavingWarning")

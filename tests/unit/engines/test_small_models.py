@@ -1,4 +1,4 @@
-"""A model so small that deciding costs more than running it is run as it is, and says so."""
+"""A model so small that deciding costs more than running it is run as it is, and that is said. Times are given, not taken."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch import nn
 
 from offramp.core.certificate import Plan
 from offramp.core.errors import NoSavingWarning
+from offramp.engines import classify
 from offramp.engines.classify import Latency, compile
 from offramp.network import attach
 from offramp.policies import Confidence
@@ -23,13 +24,14 @@ class Tiny(nn.Module):
         return self.head(self.blocks(x))
 
 
-def test_deciding_costs_more_than_running():
+def test_deciding_costs_more_than_running(monkeypatch):
+    monkeypatch.setattr(classify, "whole_ms", lambda *_: 0.0)
     torch.manual_seed(0)
     net = attach(Tiny().eval(), ["blocks.0", "blocks.1"], example=torch.randn(2, 4)).eval()
     plan = Plan(Confidence(), net.names, (0.5, 0.5, float("-inf")), (0.3, 0.3, 0.4), 0.0, fingerprint=net.fingerprint())
     with pytest.warns(NoSavingWarning, match="runs as it is"):
         run = compile(net, plan, Latency(8))
-    assert run.table is not None and run.table.sync_ms > 0 and not any(run.decide)
+    assert run.table is not None and not any(run.decide)
     x = torch.randn(8, 4)
     with torch.no_grad():
         assert torch.equal(run(x).output, net.model(x))
