@@ -160,8 +160,24 @@ class EarlyExitLoss(Recipe):
         return weighted(Explicit(self.weights(seen.step, seen.progress)), seen)
 
 
+class _Around(Recipe):
+    """A recipe that does something around the forward of another and leaves everything else to it."""
+
+    inner: Recipe
+
+    @property
+    def trains_heads(self) -> bool:
+        return self.inner.trains_heads
+
+    def observe(self, logits: tuple[Tensor, ...], states: tuple[Tensor, ...]) -> Any:
+        return self.inner.observe(logits, states)
+
+    def objective(self, seen: Seen) -> Objective:
+        return self.inner.objective(seen)
+
+
 @dataclass(frozen=True)
-class LayerDropout(Recipe):
+class LayerDropout(_Around):
     """Each text skips each block by chance, deeper ones more often (LayerSkip, section 4.1.1).
 
     Block ``l`` of ``L``, counted from 0, is skipped with probability ``rate * (2^(l / (L - 1)) - 1)``: never the first, the last with
@@ -180,16 +196,6 @@ class LayerDropout(Recipe):
         _trains_model(self, self.inner)
         if not 0 <= self.rate <= 1:
             raise InvalidInput(f"rate must be in [0, 1], got {self.rate}.")
-
-    @property
-    def trains_heads(self) -> bool:
-        return self.inner.trains_heads
-
-    def observe(self, logits: tuple[Tensor, ...], states: tuple[Tensor, ...]) -> Any:
-        return self.inner.observe(logits, states)
-
-    def objective(self, seen: Seen) -> Objective:
-        return self.inner.objective(seen)
 
     def rates(self, blocks: int) -> tuple[float, ...]:
         """Chance of each block to be skipped."""
@@ -222,7 +228,7 @@ def used(schedule: LinearDepth, length: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Skipping(Recipe):
+class Skipping(_Around):
     """Trains, and evaluates, a model that skips blocks by position: as it will run (SkipDecode, Del Corro et al. 2023).
 
     What runs at a position is a part of what ran at every earlier one, so that the keys and values a token misses are missed by nobody.
@@ -237,16 +243,6 @@ class Skipping(Recipe):
 
     def __post_init__(self) -> None:
         _trains_model(self, self.inner)
-
-    @property
-    def trains_heads(self) -> bool:
-        return self.inner.trains_heads
-
-    def observe(self, logits: tuple[Tensor, ...], states: tuple[Tensor, ...]) -> Any:
-        return self.inner.observe(logits, states)
-
-    def objective(self, seen: Seen) -> Objective:
-        return self.inner.objective(seen)
 
     @contextmanager
     def around(self, net: MultiExit) -> Iterator[None]:
