@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from offramp.core.errors import NoSavingWarning
+
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = sorted(p for p in (ROOT / "examples").glob("*.py") if p.stem != "demo")
 _KEEP: list[torch.library.Library] = []
@@ -37,6 +39,7 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("error", UserWarning)  # offramp's own: an example that changes or saves nothing is no example
+                warnings.simplefilter("ignore", NoSavingWarning)  # whether leaving pays is measured, and a busy machine may say no
                 for foreign in ("torch", "transformers", "onnx", "accelerate", "copyreg"):
                     warnings.filterwarnings("ignore", module=foreign)
                 runpy.run_path(str(ROOT / "examples" / f"{name}.py"), run_name="__main__")
