@@ -62,10 +62,12 @@ class Example(NamedTuple):
     kwargs: dict[str, Any]
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Example:
+        """Tensors moved to a device; floating-point ones to a dtype, as a network's weights are."""
+
         def move(leaf: Any) -> Any:
             if not isinstance(leaf, Tensor):
                 return leaf
-            return leaf.to(device, dtype) if leaf.is_floating_point() else leaf.to(device)
+            return leaf.to(device, dtype if leaf.is_floating_point() else None, non_blocking=True)
 
         return Example(*tree_map(move, (self.args, self.kwargs)))
 
@@ -342,7 +344,7 @@ def attach(
                 path=path,
             )
     width = num_outputs if num_outputs is not None else int(final.shape[-1]) if final.ndim > 1 else 1
-    given = head if head is not None else (system.head if system is not None and system.head is not None else PooledLinear())
+    given: Any = head if head is not None else (system.head if system is not None and system.head is not None else PooledLinear())
     specs = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given] * len(paths)
     if len(specs) != len(paths):
         raise InvalidInput(f"{len(specs)} heads were given for {len(paths)} exits {paths}; give one for all or one for each.")

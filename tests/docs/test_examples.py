@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import runpy
 import sys
@@ -17,17 +16,6 @@ from offramp.core.errors import NoSavingWarning
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = sorted(p for p in (ROOT / "examples").glob("*.py") if p.stem != "demo")
-_KEEP: list[torch.library.Library] = []
-
-
-def _load_torchvision_without_operators() -> None:
-    """A torchvision built for another torch lacks its compiled operators; two schemas are all that importing it needs."""
-    if importlib.util.find_spec("torchvision") is None or "torchvision" in sys.modules or hasattr(torch.ops.torchvision, "nms"):
-        return
-    library = torch.library.Library("torchvision", "DEF")
-    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    _KEEP.append(library)
 
 
 @pytest.fixture
@@ -92,7 +80,6 @@ def test_onnx_export(run: Callable[..., str], tmp_path: Path) -> None:
 
 def test_text_bert(run: Callable[..., str]) -> None:
     pytest.importorskip("transformers")
-    _load_torchvision_without_operators()
     rows = re.findall(r"length (\d+): accuracy ([\d.]+), exits (\[.*\])", run("text_bert"))
     assert [int(length) for length, _, _ in rows] == [12, 20]
     for _, accuracy, exits in rows:

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from rich.progress import Progress
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from offramp.core.batches import unpack_batch
 from offramp.core.errors import InvalidInput
@@ -20,7 +19,7 @@ from offramp.core.protocols import Rule
 from offramp.core.trace import LatencyTable, Trace
 from offramp.core.types import Readout
 from offramp.engines.stages import placed
-from offramp.network import MultiExit
+from offramp.network import Example, MultiExit
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -84,7 +83,7 @@ def record(
         task = bar.add_task("recording", total=_batches(loader))
         for batch in loader:
             args, kwargs, labels = unpack_batch(batch)
-            args, kwargs = _to(args, net.device, net.dtype), _to(kwargs, net.device, net.dtype)
+            args, kwargs = Example(args, kwargs).to(net.device, net.dtype)
             logits, states = net.forward_with_states(*args, **kwargs)
             stacked = torch.stack([z.float() if z.ndim > 1 else z.float().unsqueeze(-1) for z in logits], dim=1)
             if not torch.isfinite(stacked).all():
@@ -149,14 +148,3 @@ def _score(rule: Rule, logits: Sequence[Tensor], states: Sequence[Tensor]) -> Te
     for k, hidden in enumerate(states):
         scores[:, k], state = rule.score(k, Readout(logits[k], hidden), state)
     return scores
-
-
-def _to(tree: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    """Move tensors to the network's device; floating-point inputs to its dtype, as its own weights are."""
-
-    def move(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor):
-            return leaf
-        return leaf.to(device, dtype, non_blocking=True) if leaf.is_floating_point() else leaf.to(device, non_blocking=True)
-
-    return tree_map(move, tree)
