@@ -7,10 +7,38 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What the compiler may try beyond its defaults, for the pieces that are given it alone: its global settings stay as they are.
+
+    Each costs compile time; what each gains depends on the model and the machine, so measure.
+
+    Attributes:
+        coordinate_descent: search sizes of each generated kernel one at a time. A product with one row, which is what decoding at batch 1
+            consists of, is then generated code too instead of a library call.
+        max_autotune: time several implementations of every matrix product and keep the fastest: for the few rows of a verification.
+        combo_kernels: launch independent small kernels as one, such as the products that make query, key and value.
+    """
+
+    coordinate_descent: bool = False
+    max_autotune: bool = False
+    combo_kernels: bool = False
+
+    def options(self) -> dict[str, Any]:
+        """Names and values as ``torch.compile(options=...)`` takes them."""
+        asked = {
+            "coordinate_descent_tuning": self.coordinate_descent,
+            "max_autotune": self.max_autotune,
+            "combo_kernels": self.combo_kernels,
+        }
+        return {name: True for name, wanted in asked.items() if wanted}
 
 
 class Graph:
@@ -45,15 +73,18 @@ class Recorder:
 
     Args:
         device: where they run.
-        compiled: run what is captured through ``torch.compile``, for each size by itself: code for any size is a seventh slower.
+        compiled: run what is captured through ``torch.compile``, for each size by itself: code for any size is a seventh slower. A
+            `Tuning` says what the compiler may try beyond its defaults.
     """
 
-    def __init__(self, device: torch.device, compiled: bool) -> None:
-        self.device, self.compiled = device, compiled
+    def __init__(self, device: torch.device, compiled: bool | Tuning) -> None:
+        self.device = device
+        self.compiled = bool(compiled)
+        self.tuning = compiled if isinstance(compiled, Tuning) else Tuning()
         self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
     def wrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        return torch.compile(function, dynamic=False) if self.compiled else function
+        return torch.compile(function, dynamic=False, options=self.tuning.options() or None) if self.compiled else function
 
     def graph(self, function: Callable[[], object]) -> Graph:
         # All stages and sizes share one code object, and the compiler limits the versions of it.
@@ -66,6 +97,9 @@ class Mailbox:
     """Integers that the device writes and the host waits for, without a synchronisation.
 
     The host marks the box empty, launches work that ends in `post`, and spins in `wait` on pinned memory.
+
+    Attributes:
+        waits: how often the host has waited for the device here.
     """
 
     EMPTY = -1
@@ -74,6 +108,7 @@ class Mailbox:
         host = torch.full((size,), self.EMPTY, dtype=torch.int64)
         self._host = host.pin_memory() if device.type == "cuda" else host
         self._view = self._host.numpy()
+        self.waits = 0
 
     def clear(self) -> None:
         self._view.fill(self.EMPTY)
@@ -89,6 +124,7 @@ class Mailbox:
 
     def at_least(self, first: int) -> list[int]:
         """Spin until the first value, a counter that only rises, has reached ``first``. Returns all; the others may be newer."""
+        self.waits += 1
         while self._view[0] < first:
             pass
         values: list[int] = self._view.tolist()
@@ -96,6 +132,7 @@ class Mailbox:
 
     def wait(self) -> list[int]:
         """Spin until all values have arrived."""
+        self.waits += 1
         while not self.ready:
             pass
         values: list[int] = self._view.tolist()

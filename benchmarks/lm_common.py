@@ -1,0 +1,400 @@
+"""What the language-model benchmarks share: a budget of time, results kept after every part, real prompts, and how a text is compared.
+
+Shapes: ``B`` rows, ``T`` tokens, ``V`` vocabulary.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import lzma
+import math
+import statistics
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from offramp.core.bundle import write_json
+from offramp.engines.capture import Tuning
+from offramp.engines.round_times import Candidate
+from offramp.engines.rounds import Rounds
+from offramp.measure import clock
+
+END_OF_TEXT = "<|endoftext|>"
+GROUPS = ("mt_bench", "translation", "summarization", "qa", "math_reasoning", "rag")
+"""Spec-Bench's groups, 80 questions each; those of MT-bench come in eight categories that are one group here."""
+
+# ---- time and results ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Budget:
+    """Minutes that a command may take. What would not fit any more is left out and named.
+
+    Attributes:
+        minutes: in all, from when this was made.
+        taken: seconds of each part that was run, by name.
+        skipped: parts that were left out.
+    """
+
+    minutes: float
+    taken: dict[str, float] = field(default_factory=dict)
+    skipped: list[str] = field(default_factory=list)
+    start: float = field(default_factory=time.monotonic)
+
+    @property
+    def left(self) -> float:
+        """Seconds."""
+        return 60 * self.minutes - (time.monotonic() - self.start)
+
+    def expected(self, kind: str, guess: float) -> float:
+        """Seconds that a part of this kind will take: as the longest one so far, before that the guess."""
+        return max((s for name, s in self.taken.items() if name.partition(":")[0] == kind), default=guess)
+
+    def fits(self, name: str, guess: float) -> bool:
+        """Whether the part ``kind: what`` fits in; if not it is noted as left out."""
+        wanted = self.expected(name.partition(":")[0], guess)
+        if wanted > self.left:
+            self.skipped.append(name)
+            print(f"left out: {name}, about {wanted:.0f} s wanted, {self.left:.0f} s left", flush=True)
+        return wanted <= self.left
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Time a part."""
+        start = time.monotonic()
+        yield
+        self.taken[name] = time.monotonic() - start
+        print(f"[{60 * self.minutes - self.left:6.1f} s] {name}: {self.taken[name]:.1f} s", flush=True)
+
+
+class Sheet:
+    """A result that is on disk after every part of it, whole or not at all.
+
+    Args:
+        path: of the JSON file; what an earlier call wrote there is kept where ``same`` says it belongs to the same measurement.
+        content: what there is before anything was measured.
+        budget: whose times and gaps belong to it.
+        same: keys of ``content`` that must be equal for earlier rows to stay.
+    """
+
+    def __init__(self, path: str | Path, content: dict[str, Any], budget: Budget, same: Sequence[str] = ()) -> None:
+        self.path, self.content, self.budget = Path(path), content, budget
+        if same and self.path.is_file():
+            before = json.loads(self.path.read_text())
+            plain = json.loads(json.dumps(content))
+            if all(before.get(k) == plain.get(k) for k in same):
+                self.content |= {k: v for k, v in before.items() if k not in content or k == "rows"}
+        self.write()
+
+    def write(self) -> None:
+        self.content["seconds"] = {k: round(v, 1) for k, v in self.budget.taken.items()}
+        self.content["left_out"] = list(self.budget.skipped)
+        write_json(self.path, self.content)
+
+    def row(self, **found: Any) -> None:
+        """Add a row, print it without its samples, and write. A row of the same ``way`` and ``rows`` is replaced."""
+        key = {k: found.get(k) for k in ("way", "rows", "system", "group")}
+        rows = [r for r in self.content.setdefault("rows", []) if {k: r.get(k) for k in key} != key]
+        self.content["rows"] = [*rows, found]
+        self.write()
+        shown = {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in found.items() if not isinstance(v, list | dict)}
+        print("  ".join(f"{k}={v}" for k, v in shown.items()), flush=True)
+
+
+def numbers(given: str) -> list[int]:
+    """Whole numbers with commas between."""
+    return [int(n) for n in given.split(",") if n]
+
+
+def tuning_argument(parser: argparse.ArgumentParser) -> None:
+    """``--tuning``: what the compiler may try beyond its defaults."""
+    names = ", ".join(asdict(Tuning()))
+    parser.add_argument("--tuning", default="", help=f"of the compiler, with commas between: {names}; by default none")
+
+
+def tuned(given: str, device: torch.device) -> bool | Tuning | None:
+    """``compiled`` of `Rounds` from ``--tuning``; ``None``, its default, without it. A CPU compiles nothing."""
+    names = [n for n in given.split(",") if n]
+    if unknown := set(names) - set(asdict(Tuning())):
+        raise SystemExit(f"--tuning knows {', '.join(asdict(Tuning()))}; got {', '.join(sorted(unknown))}.")
+    return Tuning(**dict.fromkeys(names, True)) if names and device.type == "cuda" else None
+
+
+def run_parts(parts: Mapping[str, Callable[[], None]], asked: Sequence[str], sheet: Sheet) -> None:
+    """Run parts in their order. One that fails is written down with its error and does not cost the others; the command then fails."""
+    failed = sheet.content.setdefault("errors", {})
+    for name, part in parts.items():
+        if name not in asked:
+            continue
+        failed.pop(name, None)
+        try:
+            part()
+        except Exception as error:
+            traceback.print_exc()
+            failed[name] = f"{type(error).__name__}: {error}"
+        sheet.write()
+    if failed:
+        raise SystemExit(f"Failed: {', '.join(failed)}.")
+
+
+def asked_parts(given: str, known: Sequence[str]) -> list[str]:
+    """Parts named with commas between.
+
+    Raises:
+        SystemExit: one is unknown.
+    """
+    asked = given.split(",")
+    if unknown := set(asked) - set(known):
+        raise SystemExit(f"--parts knows {', '.join(known)}; got {', '.join(sorted(unknown))}.")
+    return asked
+
+
+# ---- data ----------------------------------------------------------------------------------------------------------------
+
+
+def unpacked(path: Path) -> str:
+    """Text of a file, compressed or not."""
+    if path.suffix == ".xz":
+        with lzma.open(path, "rt", encoding="utf8", newline="\n") as file:
+            return file.read()
+    return path.read_text(encoding="utf8")
+
+
+def first_merges(vocab: dict[str, int], merges: Sequence[str], size: int) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """The ``size`` first tokens of a byte-level vocabulary whose merges are in order, an end-of-text token last: vocabulary and merges.
+
+    The 256 bytes come first and every merge makes the next token, so the beginning of such a vocabulary is one itself.
+    """
+    kept = size - 1 - 256
+    if kept < 0 or kept > len(merges):
+        raise SystemExit(f"A vocabulary of {size} tokens was asked for; from 257 to {257 + len(merges)} can be made.")
+    pairs = [tuple(m.split(" ")) for m in merges[:kept]]
+    small = {token: number for token, number in vocab.items() if number < 256 + kept}
+    if len(small) != size - 1 or any("".join(p) not in small for p in pairs):
+        raise SystemExit("The merges are not in the order of the vocabulary, so its beginning is no vocabulary.")
+    return {**small, END_OF_TEXT: size - 1}, [(a, b) for a, b in pairs]
+
+
+def small_tokenizer(folder: Path, size: int) -> Any:
+    """The first ``size`` tokens of the GPT-2 vocabulary in a folder as a tokenizer that knows every byte."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    merges = [line for line in unpacked(folder / "gpt2_merges.txt.xz").split("\n")[1:] if line]
+    vocab, pairs = first_merges(json.loads(unpacked(folder / "gpt2_vocab.json.xz")), merges, size)
+    made = Tokenizer(models.BPE(vocab=vocab, merges=pairs))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    return made
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A question.
+
+    Attributes:
+        group: one of `GROUPS`.
+        number: of the question.
+        tokens: its ids, the last ``most`` of them.
+        cut: tokens that were left out before those.
+    """
+
+    group: str
+    number: int
+    tokens: list[int]
+    cut: int
+
+
+def spec_bench(path: Path, encode: Callable[[str], list[int]], most: int, each: int | None = None) -> list[Prompt]:
+    """Spec-Bench's questions, group by group.
+
+    Args:
+        path: ``spec_bench.jsonl.xz``.
+        encode: text to ids.
+        most: tokens of a prompt; what came earlier is cut off.
+        each: questions of a group; all by default.
+    """
+    found: dict[str, list[Prompt]] = {group: [] for group in GROUPS}
+    for line in unpacked(path).splitlines():
+        question = json.loads(line)
+        group = question["category"] if question["category"] in found else "mt_bench"
+        ids = encode(question["turns"][0])
+        found[group].append(Prompt(group, int(question["question_id"]), ids[-most:], max(0, len(ids) - most)))
+    return [p for group in GROUPS for p in found[group][:each]]
+
+
+# ---- times ---------------------------------------------------------------------------------------------------------------
+
+
+def seconds(call: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
+    """Wall-clock time of a call with the device's work, and its answer."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    answer = call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start, answer
+
+
+def rate(write: Callable[[int], Any], new: int, repeats: int, device: torch.device) -> dict[str, Any]:
+    """Tokens per second after the first, of a row: whole texts less texts of one token, medians of runs in turn.
+
+    Args:
+        write: writes so many tokens to every row of every batch that it stands for; its answer is kept from the last run.
+        new: tokens to write.
+        repeats: samples of both.
+        device: where.
+    """
+    samples: dict[int, list[float]] = {new: [], 1: []}
+    for _ in range(repeats + 1):  # the first is not counted
+        for count, times in samples.items():
+            times.append(seconds(lambda count=count: write(count), device)[0])
+    whole, one = (statistics.median(times[1:]) for times in samples.values())
+    return {
+        "tokens_per_s": (new - 1) / (whole - one), "whole_s": whole, "prompt_s": one, "samples_s": samples[new][1:],
+        "prompt_samples_s": samples[1][1:],
+    }  # fmt: skip
+
+
+def round_ms(run: Rounds, prompts: Sequence[Sequence[int]], repeats: int = 30) -> float:
+    """Median time of a whole captured round at these prompts' ends: what the planner takes for its choice."""
+    run.generate(prompts, 1)  # texts in place and finished: a round runs in full and changes nothing
+    with torch.inference_mode():
+        return clock.measure(run.graph().replay, warmup=5, repeats=repeats, device=run.device).median_ms
+
+
+def candidate(exit_index: int, depth: int, head: str, full: float, known: dict[int, float]) -> Candidate:
+    """A candidate of the planner from measured rounds; lengths between those measured lie on the line between them.
+
+    Args:
+        exit_index: which exit.
+        depth: blocks before it.
+        head: its name.
+        full: milliseconds of a plain step.
+        known: milliseconds of a round by its number of drafts.
+    """
+    points = sorted({0: full, **known}.items())
+    rounds = []
+    for k in range(1, points[-1][0] + 1):
+        (a, low), (b, high) = next(pair for pair in pairwise(points) if pair[0][0] < k <= pair[1][0])
+        rounds.append(low + (high - low) * (k - a) / (b - a))
+    return Candidate.of_rounds(exit_index, depth, head, rounds)
+
+
+def tokens_per_round(lengths: Sequence[int], accepted: int) -> float:
+    """Tokens for each round of a row, which gives what it accepts and one more; a row's first token comes from the prompt's pass."""
+    written = sum(lengths) - len(lengths)
+    return written / max(1, written - accepted)
+
+
+def synchronisations(run: Rounds, prompts: Sequence[Sequence[int]], short: int, long: int) -> dict[str, Any]:
+    """How often the host waits for the device in a round, counted: a longer text less a shorter one, over their difference in rounds.
+
+    Two kinds are counted. Calls that PyTorch itself knows to synchronise (``torch.cuda.set_sync_debug_mode``): reading a value,
+    finding indices, copying to memory that is not pinned. And waits at the mailbox, which are reads of pinned memory and no call.
+    On a CPU the first are none.
+    """
+    counted = []
+    for new in (short, long):
+        before = run.mail.waits
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            if run.device.type == "cuda":
+                torch.cuda.set_sync_debug_mode("warn")
+            try:
+                rounds = run.generate(prompts, new).deep_passes
+            finally:
+                if run.device.type == "cuda":
+                    torch.cuda.set_sync_debug_mode("default")
+        calls = sum("synchroniz" in str(w.message).lower() for w in caught)
+        counted.append((rounds, calls, run.mail.waits - before))
+    (r0, c0, w0), (r1, c1, w1) = counted
+    more = max(1, r1 - r0)
+    return {
+        "per_round": ((c1 - c0) + (w1 - w0)) / more, "calls_per_round": (c1 - c0) / more, "waits_per_round": (w1 - w0) / more,
+        "calls_per_text": c0, "rounds": [r0, r1],
+    }  # fmt: skip
+
+
+# ---- texts that differ ---------------------------------------------------------------------------------------------------
+
+
+def first_difference(one: Sequence[int], two: Sequence[int]) -> int | None:
+    """Place of the first token that differs, or ``None``; a text that ends earlier differs where it ends."""
+    for place, (a, b) in enumerate(zip(one, two)):
+        if a != b:
+            return place
+    return None if len(one) == len(two) else min(len(one), len(two))
+
+
+def spacing(value: float, dtype: torch.dtype) -> float:
+    """Distance from a number to the next larger one that a floating-point type has."""
+    exponent = math.floor(math.log2(max(abs(value), torch.finfo(dtype).tiny)))
+    return 2.0**exponent * torch.finfo(dtype).eps
+
+
+@torch.no_grad()
+def divergence(model: nn.Module, exact: nn.Module, text: Sequence[int], one: int, two: int) -> dict[str, Any]:
+    """Two tokens that two ways of the same model chose after the same text: how near a tie this is.
+
+    A way that computes with other shapes rounds otherwise, so each logit carries an error like the one seen here between the model and its
+    copy in float32. The difference of two logits, and of that between two ways, adds four of them; three standard deviations of that sum
+    is the bound below which a divergence is rounding.
+
+    Args:
+        model: as it ran.
+        exact: the same in float32.
+        text: ids before the tokens.
+        one: what the plain way chose.
+        two: what the other way chose.
+
+    Returns:
+        Gaps of the first token over the second, ``rounding`` (root mean square over all logits), ``spacing`` of the model's type at the
+        larger logit, both gaps in units of it, and ``near_tie``.
+    """
+    ids = torch.tensor([list(text)], device=next(model.parameters()).device)
+    own = model(ids, use_cache=False).logits[0, -1].float()
+    true = exact(ids, use_cache=False).logits[0, -1].float()
+    dtype = next(model.parameters()).dtype
+    gap, gap32 = float(own[one] - own[two]), float(true[one] - true[two])
+    step = spacing(float(own[[one, two]].abs().max()), dtype)
+    rounding = float((own - true).square().mean().sqrt())
+    return {
+        "tokens": [one, two], "gap": gap, "gap_float32": gap32, "gap_in_spacings": gap / step, "gap_float32_in_spacings": gap32 / step,
+        "spacing": step, "rounding": rounding, "near_tie": abs(gap32) <= max(6 * rounding, step),
+    }  # fmt: skip
+
+
+def compare_texts(
+    model: nn.Module, exact: nn.Module | None, prompts: Sequence[Sequence[int]], one: Sequence[Sequence[int]], two: Sequence[Sequence[int]]
+) -> dict[str, Any]:
+    """Whether two ways wrote the same, and each first difference with its gap.
+
+    Args:
+        model: as it ran.
+        exact: the same in float32; ``None`` leaves the gaps out.
+        prompts: of the texts.
+        one: what plain decoding wrote.
+        two: what the other way wrote.
+    """
+    found = []
+    for index, (prompt, a, b) in enumerate(zip(prompts, one, two, strict=True)):
+        place = first_difference(a, b)
+        if place is None:
+            continue
+        known: dict[str, Any] = {"text": index, "place": place}
+        if exact is not None and place < min(len(a), len(b)):
+            known |= divergence(model, exact, [*prompt, *a[:place]], a[place], b[place])
+        found.append(known)
+    far = None if exact is None else sum(not f.get("near_tie", False) for f in found)
+    return {"texts": len(one), "equal": len(one) - len(found), "not_near_ties": far, "divergences": found}
