@@ -13,7 +13,7 @@ split (the usual one): half of the items calibrate, the other half tests. Violat
     replacement: that is what is promised of them, too.
 
 Naive picking (`PointEstimate`) takes the cheapest of the same settings whose measured drop is within the limit. Runs on one core without a
-model; writes ``guarantee_traces.json``, ``guarantee_traces.md`` and ``guarantee_traces.svg``.
+model; writes ``guarantee_traces.json`` and ``guarantee_traces.md``; the documentation draws them.
 """
 
 from __future__ import annotations
@@ -199,65 +199,6 @@ def reading(result: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def svg(result: Mapping[str, Any]) -> str:
-    """Histograms of the drop in the population, one panel a trace, both methods."""
-    traces = result["traces"]
-    wide, panel, left, top = 720, 150, 60, 46
-    high = top + panel * len(traces) + 40
-    colours = {"LTT": "#1b6ca8", "naive": "#c8553d"}
-    picked = {n: {r["method"]: r for r in f["rows"] if r["scheme"] == "population"} for n, f in traces.items()}
-    every = [d for rows in picked.values() for r in rows.values() for d in r["drops"]]
-    step = 0.0005
-    low, up = math.floor(min(every) / step) * step, math.ceil((max(every) + step) / step) * step
-    bins = round((up - low) / step)
-
-    def x(value: float) -> float:
-        return left + (wide - left - 20) * (value - low) / (up - low)
-
-    out = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {wide} {high}" font-family="system-ui, sans-serif" font-size="12">',
-        f'<rect width="{wide}" height="{high}" fill="#fff"/>',
-        f'<text x="{left}" y="20" font-size="14" fill="#222">True accuracy drop of {result["draws"]} calibrations for a drop of at most '
-        f"{result['max_drop']:g} with probability {1 - result['delta']:g}</text>",
-    ]
-    for number, (name, rows) in enumerate(picked.items()):
-        base = top + panel * (number + 1) - 26
-        counts = {m: histogram(r["drops"], low, step, bins) for m, r in rows.items()}
-        tallest = max(max(c) for c in counts.values())
-        out.append(f'<text x="{left}" y="{base - panel + 44}" fill="#222">{name}</text>')
-        for line, (method, row) in enumerate(rows.items()):
-            for i, count in enumerate(counts[method]):
-                if count:
-                    tall = (panel - 50) * count / tallest
-                    out.append(
-                        f'<rect x="{x(low + i * step):.1f}" y="{base - tall:.1f}" width="{max(1.0, x(step) - x(0)):.1f}" '
-                        f'height="{tall:.1f}" fill="{colours[method]}" fill-opacity="0.55"/>'
-                    )
-            out.append(
-                f'<text x="{wide - 20}" y="{base - panel + 44 + 16 * line}" text-anchor="end" fill="{colours[method]}">'
-                f"{method}: {row['share']:.1%} beyond the limit</text>"
-            )
-        out.append(f'<line x1="{left}" y1="{base}" x2="{wide - 20}" y2="{base}" stroke="#444"/>')
-        limit = x(result["max_drop"])
-        out.append(f'<line x1="{limit:.1f}" y1="{base - panel + 50}" x2="{limit:.1f}" y2="{base}" stroke="#222" stroke-dasharray="4 3"/>')
-        first = math.ceil(low / 0.005)
-        for tick in range(first, math.floor(up / 0.005) + 1):
-            at = x(0.005 * tick)
-            out.append(f'<text x="{at:.1f}" y="{base + 16}" text-anchor="middle" fill="#444">{0.5 * tick:g} %</text>')
-    out += [
-        f'<text x="{left}" y="{high - 12}" fill="#222">accuracy given up, in the whole population (dashed: the limit)</text>',
-        "</svg>\n",
-    ]
-    return "\n".join(out)
-
-
-def histogram(values: Sequence[float], low: float, step: float, bins: int) -> list[int]:
-    counts = [0] * bins
-    for v in values:
-        counts[min(bins - 1, int((v - low) / step))] += 1
-    return counts
-
-
 def only_rule(trace: Trace) -> Rule:
     """The rule whose scores a trace holds."""
     if len(trace.recorded) != 1:
@@ -295,7 +236,6 @@ def main() -> int:
     args.results.mkdir(parents=True, exist_ok=True)
     write_json(args.results / "guarantee_traces.json", result)
     (args.results / "guarantee_traces.md").write_text(markdown(result))
-    (args.results / "guarantee_traces.svg").write_text(svg(result))
     print(markdown(result))
     kept = all(r["within_slack"] for f in found.values() for r in f["rows"] if r["method"] == "LTT" and r["scheme"] == "population")
     return 0 if kept else 1
