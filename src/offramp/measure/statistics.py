@@ -105,6 +105,21 @@ def _incomplete_beta(a: float, b: float, x: float) -> float:
     raise InvalidInput(f"The incomplete beta function did not converge at a={a}, b={b}, x={x}.")
 
 
+def t_quantile(freedom: float, level: float = 0.95) -> float:
+    """The t with ``P(|T| <= t) = level`` for Student's distribution.
+
+    Args:
+        freedom: degrees of freedom, > 0; need not be whole (Welch).
+        level: two-sided, in (0, 1).
+    """
+    _check_level(level)
+    if not (math.isfinite(freedom) and freedom > 0):
+        raise InvalidInput(f"freedom must be a positive number, got {freedom}.")
+    # P(|T| > t) = I_x(freedom / 2, 1 / 2) with x = freedom / (freedom + t^2), which rises with x (DLMF 8.17).
+    x = _solve(lambda p: _incomplete_beta(freedom / 2, 0.5, p) if 0 < p < 1 else p, 1 - level)
+    return math.sqrt(freedom * (1 - x) / x)
+
+
 def binomial_slack(share: float, trials: int, level: float = 0.95) -> float:
     """How far an observed share may lie above the true one by chance alone.
 
