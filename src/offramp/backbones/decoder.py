@@ -12,6 +12,7 @@ Shapes: ``B`` rows, ``Q`` tokens of a row in one call, ``W`` width of the states
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 from dataclasses import dataclass, field
@@ -82,6 +83,18 @@ def cached_attention(
     if attention_mask is None and cache_positions is not None:
         return decoding_attention(query, key, value, cache_positions, scaling, softcap, cache_window), None
     return masked_attention(query, key, value, attention_mask, scaling, softcap).transpose(1, 2).contiguous(), None
+
+
+class _Written(Exception):
+    """Keys and values are in place, and the rest of the block is not wanted."""
+
+
+class _WriteOnly(Writer):
+    """A cache that stops the block that writes to it."""
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+        self.cache.write(layer_idx, key, value, self.slots)
+        raise _Written
 
 
 def _seen_through(module: nn.Module, **replaced: Any) -> Any:
@@ -223,6 +236,16 @@ class Decoder:
         for k in range(start, stop):
             hidden = self.call(self.blocks[k], k, hidden, step, writer)
         return hidden
+
+    def project(self, hidden: Tensor, start: int, stop: int, step: Step) -> None:
+        """Each of blocks ``start`` to ``stop - 1`` makes its keys and values from the same states ``[B, Q, W]``, and no more of it runs.
+
+        What comes before them in the block (a norm) runs too, and the queries where the block makes them along.
+        """
+        writer = _WriteOnly(step.cache, step.slots, step.length)
+        for k in range(start, stop):
+            with contextlib.suppress(_Written):
+                self.call(self.blocks[k], k, hidden, step, writer)
 
     def call(self, block: Any, index: int, hidden: Tensor, step: Step, writer: Writer) -> Tensor:
         """States ``[B, Q, W]`` after a block of the kind of block ``index``: that one, or a copy with weights of its own."""

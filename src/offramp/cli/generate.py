@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +17,10 @@ from offramp.cli.options import RunFlags, command, console
 from offramp.cli.records import optional
 from offramp.core.bundle import write_json
 from offramp.core.errors import InvalidInput
-from offramp.engines.decoding import Generation
-from offramp.engines.generate import Accept, Mode, Plain, generate
-from offramp.engines.speculate import Verify
+from offramp.engines.generate import generate
+from offramp.engines.written import Generation
 from offramp.language import LanguageModel, attach_lm, load_lm
+from offramp.policies.decoding import Accept, CatchUp, Copy, Fill, Plain, Recompute, Verify, Way
 from offramp.policies.draft_stop import BelowProbability, FixedLength
 
 TEXT, HOW = "Text", "How"
@@ -73,14 +74,25 @@ class HowFlags:
         float | None, typer.Option(help="verify: no more drafts after one less likely than this.", rich_help_panel=HOW)
     ] = None
     threshold: Annotated[float, typer.Option(help="accept: least probability to leave with.", rich_help_panel=HOW)] = 0.9
+    fill: Annotated[
+        str,
+        typer.Option(
+            help="accept: what becomes of the blocks behind. catch-up: tokens wait and run through them together. recompute: they wait and "
+            "run again from the first block. copy: keys and values are made from the state at the exit, which the text then differs by.",
+            rich_help_panel=HOW,
+        ),
+    ] = "catch-up"
     cap: Annotated[int, typer.Option(min=1, help="accept: most tokens that wait for the blocks behind.", rich_help_panel=HOW)] = 8
 
-    def chosen(self, exit_index: int) -> Mode:
+    def chosen(self, exit_index: int) -> Way:
         """The mode, at an exit."""
         if self.mode == "plain":
             return Plain()
         if self.mode == "accept":
-            return Accept(self.threshold, self.cap, exit_index)
+            fills: dict[str, Fill] = {"catch-up": CatchUp(self.cap), "recompute": Recompute(self.cap), "copy": Copy()}
+            if self.fill not in fills:
+                raise InvalidInput(f"--fill is one of {', '.join(fills)}, got {self.fill!r}.")
+            return Accept(self.threshold, fill=fills[self.fill], exits=(exit_index,))
         if self.mode == "verify":
             stop = FixedLength() if self.stop_below is None else BelowProbability(self.stop_below)
             return Verify(self.draft_length, stop, exit_index=exit_index)
@@ -179,7 +191,7 @@ def coloured(prompt: str, added: Sequence[str], depths: Sequence[int], blocks: i
     return text
 
 
-def _summary(found: Generation, mode: Mode, blocks: int) -> None:
+def _summary(found: Generation, mode: Way, blocks: int) -> None:
     depths = [d for row in found.depth for d in row]
     styles = {depth: FULL_STYLE if depth == blocks else EXIT_STYLE for depth in sorted(set(depths))}
     rows = [
@@ -193,11 +205,15 @@ def _summary(found: Generation, mode: Mode, blocks: int) -> None:
         shares = [(str(place), str(tried), str(kept), percent(kept / tried)) for place, (tried, kept) in places if tried]
         table("Drafts by place in the round", ("place", "tried", "kept", "acceptance"), shares)
         console.print(f"{found.tokens_per_pass:.2f} tokens for each pass over all blocks; {percent(found.acceptance)} of drafts kept.")
-    if isinstance(mode, Accept):
+    if isinstance(mode, Accept) and not isinstance(mode.fill, Copy):
         share = percent(found.disagreed / found.audited) if found.audited else "none"
         console.print(f"{found.audited} tokens left early; the model would have chosen otherwise for {found.disagreed} ({share}).")
+    if found.blocks_plain:
+        apart = ", and keys and values alone of others" if found.blocks_projected else ""
+        console.print(f"Ran {percent(found.blocks_share)} of the blocks that plain decoding runs{apart}.")
 
 
 def _record(found: Generation, mode: str) -> dict[str, Any]:
-    names = ("prompts", "tokens", "depth", "drafted", "accepted", "audited", "disagreed", "deep_passes")
-    return {"mode": mode, **{name: getattr(found, name) for name in names}}
+    names = ("prompts", "tokens", "depth", "drafted", "accepted", "audited", "disagreed", "deep_passes", "blocks_run", "blocks_projected")
+    scores = [[None if math.isnan(score) else score for score in row] for row in found.scores]
+    return {"mode": mode, **{name: getattr(found, name) for name in names}, "blocks_plain": found.blocks_plain, "scores": scores}

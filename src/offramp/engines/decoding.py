@@ -1,83 +1,29 @@
 """What every way of decoding shares: the rows of a batch, each at its own position, and passes over parts of the model.
 
-A row holds ``length`` tokens, the newest of which no block has seen. Blocks before the exit have seen all others; blocks behind it may lag
-by the row's *pending* tokens, whose states at the exit are kept until one pass brings them up. That pass yields the model's own logits for
-each of them: to verify drafts, to learn how often an accepted token was the model's own, or just to fill the cache.
+A row holds ``length`` tokens, the newest of which no block has seen. Blocks before the first exit have seen all others; blocks behind an
+exit may lag by the tokens that left there, whose states are kept until one pass brings them up. A pass to the end yields the model's own
+logits for each of them: to verify drafts, to learn how often an accepted token was the model's own, or just to fill the cache.
 
-Shapes: ``B`` rows, ``Q`` tokens of a row in one pass, ``M`` most pending tokens, ``W`` width of the states, ``V`` vocabulary.
+Shapes: ``B`` rows, ``Q`` tokens of a row in one pass, ``W`` width of the states, ``V`` vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Protocol
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from offramp.backbones.decoder import Step
+from offramp.backbones.kv import KVCache
 from offramp.core.errors import InvalidInput
 from offramp.engines.sampling import Noise, Sampling, draw
+from offramp.engines.written import Generation, Streamer
 from offramp.language import LanguageModel
 
 READ = 64
 """Slots are read in multiples of this many, so that attention does not run over the unused part of a cache."""
-
-
-class Streamer(Protocol):
-    """What is told of new tokens while they are written; transformers' streamers are such."""
-
-    def put(self, value: Tensor) -> None:
-        """Take tokens on the CPU: the prompt ``[1, P]`` first, then what is written ``[N]``, one or more at a time."""
-
-    def end(self) -> None:
-        """Nothing follows."""
-
-
-@dataclass
-class Generation:
-    """What was written.
-
-    Attributes:
-        tokens: new token ids of each row, up to and with the end token.
-        depth: for each of them after how many blocks it was decided.
-        drafted: drafts tried at each place of a round, from the first on.
-        accepted: how many of them were kept.
-        audited: accepted tokens that a full pass has looked at since.
-        disagreed: those of them that the full model would have chosen otherwise.
-        deep_passes: passes over the blocks behind the exit; of plain decoding, all steps.
-        prompts: token ids of each row's prompt.
-        pad_token_id: what fills `sequences`.
-    """
-
-    tokens: list[list[int]]
-    depth: list[list[int]]
-    drafted: list[int] = field(default_factory=list)
-    accepted: list[int] = field(default_factory=list)
-    audited: int = 0
-    disagreed: int = 0
-    deep_passes: int = 0
-    prompts: list[list[int]] = field(default_factory=list)
-    pad_token_id: int = 0
-
-    @property
-    def sequences(self) -> Tensor:
-        """Prompts and new tokens, int64 ``[B, P + N]``: prompts padded on the left, new tokens on the right, as transformers has them."""
-        before, after = max(map(len, self.prompts)), max(map(len, self.tokens))
-        pad = self.pad_token_id
-        rows = zip(self.prompts, self.tokens, strict=True)
-        return torch.tensor([[pad] * (before - len(p)) + p + new + [pad] * (after - len(new)) for p, new in rows])
-
-    @property
-    def acceptance(self) -> float:
-        """Share of tried drafts that were kept."""
-        return sum(self.accepted) / max(1, sum(self.drafted))
-
-    @property
-    def tokens_per_pass(self) -> float:
-        """New tokens for each deep pass of a row."""
-        return sum(map(len, self.tokens)) / max(1, self.deep_passes * len(self.tokens))
 
 
 class Rows:
@@ -90,7 +36,7 @@ class Rows:
         sampling: what to choose.
         seeds: of each row's randomness.
         ends: token ids after which a row is finished.
-        exit_index: which exit is used, or ``None`` for none; a head with a cache of its own then sees nothing.
+        exits: which exits are used, by number, ascending; heads of others see nothing.
         spare: tokens that may be tried beyond the last.
         stops: told the tokens of a row so far, says whether the newest is its last.
         streamer: is told of the tokens of the only row.
@@ -104,7 +50,7 @@ class Rows:
         sampling: Sampling,
         seeds: Sequence[int],
         ends: Sequence[int] = (),
-        exit_index: int | None = 0,
+        exits: Sequence[int] = (0,),
         spare: int = 0,
         stops: Callable[[list[int]], bool] | None = None,
         streamer: Streamer | None = None,
@@ -140,10 +86,13 @@ class Rows:
         self.alive = torch.ones(len(prompts), dtype=torch.bool, device=device)
         self.ends = torch.tensor(sorted(ends), dtype=torch.int64, device=device)
         self.noise = Noise.of(list(seeds), slots + spare + 1, device)
-        self.exit_index = exit_index or 0
-        self.depth_of_exit = lm.exits[self.exit_index] if lm.exits else len(self.model)
-        self.own = None if exit_index is None or not lm.exits else lm.own_cache(exit_index, len(prompts), slots + spare)
-        self._at_exit: Step | None = None
+        self.exits = tuple(exits)
+        self.depth_of_exit = lm.exits[self.exits[0]] if self.exits else len(self.model)
+        own = {e: lm.own_cache(e, len(prompts), slots + spare) for e in self.exits}
+        self._own: dict[int, KVCache] = {e: cache for e, cache in own.items() if cache is not None}
+        self._now: Step | None = None
+        self.ran = torch.zeros((), dtype=torch.int64, device=device)  # tokens times blocks, prompts apart
+        self.projected = self.ran.clone()
         self.depth = torch.zeros_like(self.tokens)
         self.result = Generation([], [], prompts=[[int(t) for t in p] for p in prompts])
         self.seen = torch.zeros(len(prompts), self.model.vocabulary, dtype=torch.bool, device=device)
@@ -156,43 +105,82 @@ class Rows:
     def count(self) -> int:
         return self.tokens.shape[0]
 
+    @property
+    def own(self) -> KVCache | None:
+        """Cache of the first used exit's head, if it has one."""
+        return self._own.get(self.exits[0]) if self.exits else None
+
     def run(self, first: Tensor, counts: Tensor, width: int, start: int, stop: int, states: Tensor | None = None) -> Tensor:
         """States ``[B, width, W]`` after block ``stop - 1`` for ``counts[b]`` tokens of each row from position ``first[b]`` on.
 
-        Tokens beyond a row's count leave no trace. ``states`` are those before block ``start``; the tokens' own at block 0.
+        Tokens beyond a row's count leave no trace. ``states`` are those before block ``start``; the tokens' own embeddings by default.
         """
-        offset = torch.arange(width, device=first.device)
-        positions = first[:, None] + offset
-        counted = offset < counts[:, None]
-        length = min(self.cache.slots, -(-(self.reach + self.spare) // READ) * READ)  # no counted token lies beyond
-        step = self.model.step(self.cache, positions, counted, length)
+        step = self._step(first, counts, width)
+        self.ran += counts.sum() * (stop - start)
         if states is None:
             states = self.model.embed(self.tokens.gather(1, step.positions), step)
-        if self.own is not None and start < self.depth_of_exit < stop:
-            states = self.model.run(states, start, self.depth_of_exit, step)
-            self._at_exit, start = step, self.depth_of_exit
-            self.observe(states)
-        elif stop == self.depth_of_exit:
-            self._at_exit = step
+        for exit_index in self._own:
+            depth = self.lm.exits[exit_index]
+            if start < depth < stop:
+                states, start = self.model.run(states, start, depth, step), depth
+                self.observe(states, exit_index)
         return self.model.run(states, start, stop, step)
 
-    def draft(self, hidden: Tensor) -> Tensor:
-        """Logits ``[B, Q, V]`` of the exit from its states ``[B, Q, W]``, which the last `run` up to the exit gave."""
-        return self.lm.draft(hidden, self.exit_index, self._own_step())
+    def run_ranges(self, ranges: Sequence[tuple[int, int]], first: Tensor, counts: Tensor, width: int) -> Tensor:
+        """`run` over some ranges of blocks, ``start`` to ``stop - 1`` each, one at least, the others jumped."""
+        (start, stop), *others = ranges
+        hidden = self.run(first, counts, width, start, stop)
+        for start, stop in others:
+            hidden = self.run(first, counts, width, start, stop, hidden)
+        return hidden
 
-    def observe(self, hidden: Tensor) -> None:
-        """Show the exit's head states that nothing is drafted from, so that its cache lacks none. For heads without a cache, nothing."""
-        if self.own is not None:
-            self.lm.observe(hidden, self.exit_index, self._own_step())
+    def project(self, first: Tensor, counts: Tensor, start: int, stop: int, states: Tensor) -> None:
+        """Blocks ``start`` to ``stop - 1`` make their keys and values from ``states`` ``[B, width, W]`` and do nothing else; see `run`."""
+        self.projected += counts.sum() * (stop - start)
+        self.model.project(states, start, stop, self._step(first, counts, states.shape[1]))
 
-    def _own_step(self) -> Step | None:
-        return None if self.own is None or self._at_exit is None else replace(self._at_exit, cache=self.own)
+    def _step(self, first: Tensor, counts: Tensor, width: int) -> Step:
+        offset = torch.arange(width, device=first.device)
+        length = min(self.cache.slots, -(-(self.reach + self.spare) // READ) * READ)  # no counted token lies beyond
+        self._now = self.model.step(self.cache, first[:, None] + offset, offset < counts[:, None], length)
+        return self._now
 
-    def prefill(self) -> Tensor:
-        """Run every prompt through all blocks. Returns the logits ``[B, V]`` of its last token."""
+    def newest(self, hidden: Tensor, first: Tensor, counts: Tensor, exit_index: int) -> Tensor:
+        """Of states ``[B, Q, W]`` that the last `run` to an exit gave, that of each row's last token ``[B, 1, W]``, to be drafted from.
+
+        The exit's head is shown the tokens before it.
+        """
+        if hidden.shape[1] == 1:
+            return hidden
+        self.observe(hidden, exit_index)
+        last = (counts - 1).clamp(min=0)
+        self._step(first + last, (counts > 0).long(), 1)
+        return hidden.gather(1, last[:, None, None].expand(-1, 1, hidden.shape[2]))
+
+    def draft(self, hidden: Tensor, exit_index: int | None = None) -> Tensor:
+        """Logits ``[B, Q, V]`` of an exit (the first by default) from its states ``[B, Q, W]``, which the last `run` to it gave."""
+        exit_index = self.exits[0] if exit_index is None else exit_index
+        return self.lm.draft(hidden, exit_index, self._own_step(exit_index))
+
+    def observe(self, hidden: Tensor, exit_index: int | None = None) -> None:
+        """Show an exit's head states that nothing is drafted from, so that its cache lacks none. For heads without a cache, nothing."""
+        exit_index = self.exits[0] if exit_index is None else exit_index
+        if exit_index in self._own:
+            self.lm.observe(hidden, exit_index, self._own_step(exit_index))
+
+    def _own_step(self, exit_index: int) -> Step | None:
+        own = self._own.get(exit_index)
+        return None if own is None or self._now is None else replace(self._now, cache=own)
+
+    def prefill(self, ranges: Sequence[tuple[int, int]] | None = None) -> Tensor:
+        """Run every prompt. Returns the logits ``[B, V]`` of its last token.
+
+        Args:
+            ranges: of blocks that run, ``start`` to ``stop - 1`` each; all by default.
+        """
         width = int(self.start.max())
-        zero = torch.zeros_like(self.start)
-        hidden = self.run(zero, self.start, width, 0, len(self.model))
+        hidden = self.run_ranges(ranges if ranges is not None else [(0, len(self.model))], torch.zeros_like(self.start), self.start, width)
+        self.ran.zero_()
         return self.model.logits(hidden[torch.arange(self.count, device=hidden.device), self.start - 1])
 
     def choose(self, logits: Tensor, purpose: int = 2, ahead: int = 0) -> Tensor:
@@ -263,6 +251,11 @@ class Rows:
     def _marks(self, tokens: Tensor, taken: Tensor) -> Tensor:
         counts = torch.zeros(self.seen.shape, dtype=torch.int64, device=self.seen.device)
         return counts.scatter_add_(1, tokens, taken.long()) > 0
+
+    def tally(self) -> None:
+        """Note how many blocks ran."""
+        self.result.blocks_run, self.result.blocks_projected = int(self.ran), int(self.projected)
+        self.result.blocks_plain = len(self.model) * int((self.length - self.start - 1).clamp(min=0).sum())
 
     def done(self) -> Generation:
         """The result."""

@@ -14,12 +14,11 @@ from typing import Any
 
 from offramp.core.errors import ArtifactError, InvalidInput
 from offramp.engines.agreement import Acceptance, agreement
-from offramp.engines.generate import Plain
 from offramp.engines.round_times import Candidate, Times, measure
 from offramp.engines.sampling import Sampling
-from offramp.engines.speculate import Verify
 from offramp.language import LanguageModel
 from offramp.policies.acceptance import AcceptanceBins
+from offramp.policies.decoding import Plain, Verify
 from offramp.policies.draft_stop import DraftStop, MarginalValue
 
 
@@ -85,7 +84,7 @@ class SpeculationPlan:
         candidate = next(c for c in self.times.candidates if (c.exit_index, c.head) == (best.exit_index, best.head))
         step = max(candidate.step, 1e-6 * self.times.full)
         given = {} if bins is None else {"bins": bins}
-        chance = min(0.99, max(0.01, _even(best.tokens_per_round, best.draft_length)))
+        chance = min(0.99, max(0.01, even_acceptance(best.tokens_per_round, best.draft_length)))
         return MarginalValue(step, max(candidate.round(1) - step, 1e-6 * self.times.full), self.times.full, chance, **given)
 
     def __str__(self) -> str:
@@ -127,8 +126,8 @@ class SpeculationPlan:
             raise ArtifactError(f"The speculation plan lacks or garbles a field: {error}.") from error
 
 
-def _even(tokens: float, drafts: int) -> float:
-    """The constant acceptance that gives so many tokens a round."""
+def even_acceptance(tokens: float, drafts: int) -> float:
+    """The constant acceptance that gives so many tokens in a round of so many drafts."""
     low, high = 0.0, 1.0
     for _ in range(40):
         middle = (low + high) / 2

@@ -14,39 +14,15 @@ Shapes: ``B`` rows, ``K`` drafts, ``V`` vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from offramp.core.errors import InvalidInput
 from offramp.core.types import RuleState
 from offramp.engines.decoding import Rows
 from offramp.engines.sampling import Sampling, accept, draw
-from offramp.policies.draft_stop import DraftStop, FixedLength
-
-
-@dataclass(frozen=True)
-class Verify:
-    """Drafts from an exit, kept as far as the whole model agrees (Leviathan et al. 2023; Kangaroo, LayerSkip).
-
-    Attributes:
-        draft_length: most drafts in a round, at least 1.
-        stop: whether a row makes another draft.
-        sample_drafts: when sampling, draw the drafts too; else the most likely token is drafted and verified as a certain choice.
-        exit_index: which exit.
-    """
-
-    draft_length: int = 4
-    stop: DraftStop = field(default_factory=FixedLength)
-    sample_drafts: bool = True
-    exit_index: int = 0
-
-    def __post_init__(self) -> None:
-        if self.draft_length < 1:
-            raise InvalidInput(f"draft_length must be at least 1, got {self.draft_length}.")
-        if not isinstance(self.stop, DraftStop):
-            raise InvalidInput(f"stop must be a rule of offramp.policies.draft_stop such as BelowProbability(0.6), got {self.stop!r}.")
+from offramp.policies.decoding import Verify
 
 
 @dataclass(frozen=True)

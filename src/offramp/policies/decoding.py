@@ -56,7 +56,7 @@ class Recompute:
 class Copy:
     """Each block behind the exit makes its keys and values from the state at the exit (CALM, Schuster et al. 2022, section 3.3).
 
-    Cheap, and not what the full model would have: later tokens see states that never went through those blocks.
+    Nothing waits. Cheap, and not what the full model would have: later tokens see states that never went through those blocks.
     """
 
 
@@ -147,6 +147,7 @@ class Accept:
 
     Attributes:
         threshold: least score: one for all exits that are used, or one for each; or `Decaying`, or `Adapting`. ``inf`` = none leaves.
+            One that adapts is each row's own while a text is written; what it learned in all is given back.
         rule: scores an exit's answer, higher = surer. Rules that remember earlier exits start anew at every token.
         fill: how keys and values behind the exit come to be.
         exits: which exits are used, by number, ascending; ``None`` = all.
@@ -168,6 +169,8 @@ class Accept:
             raise InvalidInput(f"rule must be a rule of offramp.policies such as Confidence(), got {self.rule!r}.")
         if not isinstance(self.fill, CatchUp | Recompute | Copy):
             raise InvalidInput(f"fill must be CatchUp(...), Recompute(...) or Copy(), got {self.fill!r}.")
+        if isinstance(self.fill, Copy) and isinstance(given, Adapting):
+            raise InvalidInput("A threshold that adapts learns from passes over tokens that left: give fill=CatchUp() or Recompute().")
         used = self.exits
         if used is not None and (not used or list(used) != sorted(set(used)) or used[0] < 0):
             raise InvalidInput(f"exits must be ascending numbers of exits from 0 on, at least one, got {used}.")

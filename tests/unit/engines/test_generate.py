@@ -15,12 +15,12 @@ from offramp.backbones.kv import KVCache
 from offramp.core.errors import InvalidInput
 from offramp.engines import decoding
 from offramp.engines.decoding import Rows
-from offramp.engines.generate import Accept, Plain, generate, write
+from offramp.engines.generate import exits, generate, write
 from offramp.engines.sampling import Sampling
-from offramp.engines.speculate import Verify
 from offramp.exits.cached import Adapter, Block
 from offramp.exits.lm import Ending, LMHead
 from offramp.language import LanguageModel, attach_lm
+from offramp.policies.decoding import Accept, CatchUp, Plain, Verify
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -67,8 +67,7 @@ def many_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def rows_of(lm: LanguageModel, texts: list[list[int]], mode: Any, new: int, **sampling: Any) -> Rows:
     spare = mode.draft_length if isinstance(mode, Verify) else 0
-    exit_index = None if isinstance(mode, Plain) else mode.exit_index
-    return Rows(lm, texts, new, Sampling(**sampling), list(range(len(texts))), exit_index=exit_index, spare=spare)
+    return Rows(lm, texts, new, Sampling(**sampling), list(range(len(texts))), exits=exits(lm, mode), spare=spare)
 
 
 class TestEqualToTransformers:
@@ -153,7 +152,7 @@ class TestExitsWithACache:
         expected = own_greedy(model, texts, 14)
         for mode in (Verify(3), Verify(4, exit_index=1)):
             assert generate(lm, texts, mode, max_new_tokens=14).sequences.equal(expected)
-        for mode in (Verify(3, exit_index=1), Accept(0.05, cap=3, exit_index=1)):
+        for mode in (Verify(3, exit_index=1), Accept(0.05, fill=CatchUp(3), exits=(1,))):
             for options in ({}, SAMPLED):
                 together = generate(lm, texts, mode, max_new_tokens=14, seed=3, **options)
                 for row, text in enumerate(texts):
@@ -169,7 +168,7 @@ class TestAccept:
         short.config.num_hidden_layers = 2
         lm = attach_lm(model, [2])
         for text in prompts((5, 1, 12)):
-            found = generate(lm, [text], Accept(0.0, cap=4), max_new_tokens=20)
+            found = generate(lm, [text], Accept(0.0, fill=CatchUp(4)), max_new_tokens=20)
             begun = text + found.tokens[0][:1]
             assert own_greedy(short, [begun], 19)[0].tolist() == text + found.tokens[0]
             assert found.depth[0] == [4] + [2] * 19
@@ -179,7 +178,7 @@ class TestAccept:
         lm = attach_lm(shared("llama"), [2])
         texts = prompts((5, 1, 12))
         for penalty in (1.0, 1.5):
-            found = generate(lm, texts, Accept(0.05, cap=3), max_new_tokens=20, repetition_penalty=penalty)
+            found = generate(lm, texts, Accept(0.05, fill=CatchUp(3)), max_new_tokens=20, repetition_penalty=penalty)
             left = disagreed = 0
             for text, new, depth in zip(texts, found.tokens, found.depth, strict=True):
                 for place, (token, deep) in enumerate(zip(new, depth, strict=True)):
@@ -207,13 +206,8 @@ class TestAccept:
             return run(self, first, counts, width, start, stop, states)
 
         monkeypatch.setattr(Rows, "run", spied)
-        generate(lm, prompts((5, 2)), Accept(0.0, cap=5), max_new_tokens=13)
+        generate(lm, prompts((5, 2)), Accept(0.0, fill=CatchUp(5)), max_new_tokens=13)
         assert widths == [5, 5, 2]
-
-    @pytest.mark.parametrize("bad", [{"cap": 0}, {"threshold": -0.1}, {"threshold": float("nan")}])
-    def test_refused(self, bad: dict[str, Any]) -> None:
-        with pytest.raises(InvalidInput, match="cap must be"):
-            Accept(**bad)
 
 
 class TestCache:
@@ -222,7 +216,7 @@ class TestCache:
         model = shared(family, torch.float64)
         lm = attach_lm(model, [1, 3])
         texts = prompts((5, 1, 11))
-        for mode in (Plain(), Verify(4), Verify(3, exit_index=1), Accept(0.0, cap=3), Accept(0.08, cap=4, exit_index=1)):
+        for mode in (Plain(), Verify(4), Verify(3, exit_index=1), Accept(0.0, fill=CatchUp(3)), Accept(0.08, fill=CatchUp(4), exits=(1,))):
             rows = rows_of(lm, texts, mode, 12)
             with torch.inference_mode():
                 write(rows, mode)
@@ -241,11 +235,11 @@ class TestCache:
         model = shared("llama", torch.float64)
         lm = attach_lm(model, [2])
         texts = prompts((5, 3, 11))
-        free = generate(lm, texts, Accept(0.05, cap=6), max_new_tokens=16)
+        free = generate(lm, texts, Accept(0.05, fill=CatchUp(6)), max_new_tokens=16)
         ends = {free.tokens[0][3], free.tokens[2][6]}
         rows = Rows(lm, texts, 16, Sampling(), [0, 1, 2], tuple(ends))
         with torch.inference_mode():
-            write(rows, Accept(0.05, cap=6))
+            write(rows, Accept(0.05, fill=CatchUp(6)))
         found = rows.done()
         assert len({len(t) for t in found.tokens}) > 1
         for row, text in enumerate(texts):
@@ -289,7 +283,9 @@ class TestCache:
 
 
 class TestBatchMates:
-    @pytest.mark.parametrize("mode", [Plain(), Verify(4, exit_index=1), Verify(3, sample_drafts=False), Accept(0.05, cap=3, exit_index=1)])
+    @pytest.mark.parametrize(
+        "mode", [Plain(), Verify(4, exit_index=1), Verify(3, sample_drafts=False), Accept(0.05, fill=CatchUp(3), exits=(1,))]
+    )
     @pytest.mark.parametrize("options", [{}, SAMPLED], ids=["greedy", "sampled"])
     def test_change_nothing(self, mode: Any, options: dict[str, Any]) -> None:
         lm = attach_lm(shared("llama", torch.float64), [1, 3])
@@ -316,7 +312,7 @@ class TestBatchMates:
 
 
 class TestEnds:
-    @pytest.mark.parametrize("mode", [Plain(), Verify(6), Accept(0.0, cap=4)])
+    @pytest.mark.parametrize("mode", [Plain(), Verify(6), Accept(0.0, fill=CatchUp(4))])
     def test_end_token_at_any_place_of_a_run(self, mode: Any) -> None:
         model = agreeing()
         lm = attach_lm(model, [2])
@@ -337,7 +333,7 @@ class TestEnds:
         model = agreeing()
         lm = attach_lm(model, [2])
         expected = own_greedy(model, prompts((1, 4)), new)
-        for mode in (Plain(), Verify(4), Accept(0.0, cap=3)):
+        for mode in (Plain(), Verify(4), Accept(0.0, fill=CatchUp(3))):
             found = generate(lm, prompts((1, 4)), mode, max_new_tokens=new)
             assert [len(t) for t in found.tokens] == [new, new]
             assert found.sequences.equal(expected), mode

@@ -12,9 +12,9 @@ from torch import Tensor
 from language_models import WORDS, build, byte_tokenizer, left_padded, own_greedy, prompts, shared, word_tokenizer
 from offramp.core.errors import InvalidInput
 from offramp.engines.arguments import StopStrings, token_ids
-from offramp.engines.generate import Accept, Plain, generate
-from offramp.engines.speculate import Verify
+from offramp.engines.generate import generate
 from offramp.language import LanguageModel, attach_lm
+from offramp.policies.decoding import Accept, CatchUp, Plain, Verify
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -86,7 +86,7 @@ class TestPrompts:
             ({"prompts": [[1]], "max_new_tokens": 2.5}, "max_new_tokens must be a whole number"),
             ({}, "prompts or input_ids"),
             ({"prompts": [[1]], "input_ids": [[1]]}, "prompts or input_ids"),
-            ({"prompts": [[1]], "mode": "verify"}, r"Plain\(\), Accept\(...\) or Verify\(...\)"),
+            ({"prompts": [[1]], "mode": "verify"}, r"Plain\(\), Accept\(...\), Verify\(...\) or Scheduled\(...\)"),
             ({"prompts": [[1]], "mode": Verify(exit_index=1)}, "exit_index must be from 0 to 0"),
         ],
     )
@@ -202,7 +202,7 @@ class TestRefusals:
         assert len(generate(lm, [[5]], max_new_tokens=3, **{name: None}).tokens[0]) == 3
 
 
-MODES = [Plain(), Verify(4), Accept(0.0, cap=3)]
+MODES = [Plain(), Verify(4), Accept(0.0, fill=CatchUp(3))]
 
 
 class TestStopStrings:

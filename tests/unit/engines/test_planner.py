@@ -13,13 +13,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from offramp.budget.agreement import tolerant_thresholds
 from offramp.core.errors import ArtifactError, InvalidInput
 from offramp.engines.agreement import Acceptance, agreement
-from offramp.engines.generate import Accept, Plain, Verify, generate
+from offramp.engines.generate import generate
 from offramp.engines.planner import SpeculationPlan, choose, plan_speculation
 from offramp.engines.round_times import Candidate, Times, measure, measure_rounds
 from offramp.engines.sampling import Sampling
 from offramp.exits.cached import Adapter
 from offramp.exits.lm import OwnNorm, Trimmed
 from offramp.language import LanguageModel, attach_lm
+from offramp.policies.decoding import Accept, CatchUp, Plain, Verify
 from offramp.policies.draft_stop import MarginalValue
 
 
@@ -133,7 +134,7 @@ def test_a_threshold_without_tolerance_leaves_the_text_as_it_is(lm):
         text = generate(lm, [prompt], Plain(), max_new_tokens=50).tokens[0]
         seen = agreement(lm, [prompt + text], starts=[len(prompt) + 1])
         for e, threshold in enumerate(tolerant_thresholds(seen.confidence, seen.agreed, 0.0)):
-            made = generate(lm, [prompt], Accept(min(threshold, 2.0), 4, e), max_new_tokens=50)
+            made = generate(lm, [prompt], Accept(threshold, fill=CatchUp(4), exits=(e,)), max_new_tokens=50)
             assert made.tokens[0] == text
             left += sum(d == lm.exits[e] for d in made.depth[0])
     assert left >= 8

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from language_models import build
 from offramp.core.errors import InvalidInput
-from offramp.engines.generate import Accept, Plain, generate
+from offramp.engines.generate import generate
 from offramp.engines.sampling import Noise, Sampling, accept, draw
-from offramp.engines.speculate import Verify
 from offramp.language import attach_lm
+from offramp.policies.decoding import Accept, Plain, Verify
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 

@@ -10,9 +10,10 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from offramp.core.errors import InvalidInput
-from offramp.engines.generate import Plain, Verify, generate
+from offramp.engines.generate import generate
 from offramp.language import LanguageModel, attach_lm
 from offramp.policies.acceptance import AcceptanceBins
+from offramp.policies.decoding import Plain, Verify
 from offramp.policies.draft_stop import BelowProbability, BetaThompson, CalibratedThompson, DraftStop, FixedLength, MarginalValue
 
 PROMPTS = [[5, 9, 2, 7, 1], [3], [8, 8, 4, 1, 6, 2, 9, 30], [11, 12], [1, 2, 3], [40, 41, 42, 43], [7], [6, 5, 4, 3, 2, 1]]
