@@ -18,12 +18,14 @@ from torch import Tensor
 
 from offramp.core.errors import InvalidInput
 from offramp.core.modes import evaluating
+from offramp.engines.capture import Tuning
 from offramp.engines.decoding import Rows
 from offramp.engines.rounds import Rounds
 from offramp.engines.sampling import Sampling
-from offramp.engines.speculate import Chances, Verify, one_round
+from offramp.engines.speculate import Chances, one_round
 from offramp.language import LanguageModel
 from offramp.measure import clock
+from offramp.policies.decoding import Verify
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,7 @@ def measure(
     rows: int = 1,
     context: int = 128,
     most: int = 6,
+    exits: Sequence[int] | None = None,
     warmup: int = 3,
     repeats: int = 20,
 ) -> Times:
@@ -148,6 +151,7 @@ def measure(
         rows: of the batch.
         context: tokens of each row before.
         most: drafts of a round, at least 1.
+        exits: numbers of the exits to time; all by default.
         warmup: calls before timing.
         repeats: samples of each time.
 
@@ -157,6 +161,7 @@ def measure(
     named = dict(lms) if isinstance(lms, Mapping) else {"own": lms}
     if rows < 1 or context < 1 or most < 1 or not named or any(not lm.exits for lm in named.values()):
         raise InvalidInput(f"rows, context and most must be at least 1 and every model have exits; got {rows}, {context}, {most}.")
+    _check_exits(named, exits)
     device = next(iter(named.values())).decoder.device
 
     def timed(fn: Callable[[], Any]) -> float:
@@ -166,7 +171,7 @@ def measure(
     found: list[Candidate] = []
     for name, lm in named.items():
         with torch.inference_mode(), evaluating(lm.model, lm):
-            for e in range(len(lm.exits)):
+            for e in exits if exits is not None else range(len(lm.exits)):
                 here = _Scratch(lm, e, rows, context, most)
                 if not found:
                     full = timed(here.plain)
@@ -183,14 +188,15 @@ def measure_rounds(
     rows: int = 1,
     context: int = 128,
     lengths: Sequence[int] = (1, 2, 4, 6),
+    exits: Sequence[int] | None = None,
     slots: int | None = None,
     warmup: int = 5,
     repeats: int = 30,
-    compiled: bool | None = None,
+    compiled: bool | Tuning | None = None,
 ) -> Times:
     """Time whole rounds of `offramp.engines.rounds.Rounds`, and its plain step, on the model's device. Medians, milliseconds.
 
-    This is what a user of captured rounds waits for. Every length is captured anew, so only some are timed and those between are
+    This is what a user of captured rounds waits for. Every length is captured by itself, so only some are timed and those between are
     interpolated; a round grows by one draft step and one position of the deep pass at a time.
 
     Args:
@@ -198,6 +204,7 @@ def measure_rounds(
         rows: of the batch.
         context: tokens of each row before.
         lengths: numbers of drafts to time, ascending, each at least 1.
+        exits: numbers of the exits to time; all by default.
         slots: most tokens of a text that the decoder is made for; just enough by default.
         warmup: calls before timing.
         repeats: samples of each time.
@@ -211,21 +218,36 @@ def measure_rounds(
         raise InvalidInput(f"lengths must be ascending numbers of drafts from 1 on, got {list(lengths)}.")
     if rows < 1 or context < 1 or not named or any(not lm.exits for lm in named.values()):
         raise InvalidInput(f"rows and context must be at least 1 and every model have exits; got {rows} and {context}.")
+    _check_exits(named, exits)
     device = next(iter(named.values())).decoder.device
 
-    def timed(lm: LanguageModel, exit_index: int, drafts: int) -> float:
-        made = Rounds(lm, rows, slots or context + drafts + 2, drafts, exit_index, compiled=compiled)
-        made.generate(_prompts(lm, rows, context), 1)  # texts in place and finished: a round runs in full and changes nothing
-        with torch.inference_mode(), evaluating(lm.model, lm):
-            return clock.measure(made.graph().replay, warmup=warmup, repeats=repeats, device=device).median_ms
+    def timed(lm: LanguageModel, exit_index: int, drafts: Sequence[int]) -> dict[int, float]:
+        made = Rounds(lm, rows, slots or context + max(drafts) + 2, drafts, exit_index, compiled=compiled)
+        return times_of(made, _prompts(lm, rows, context), warmup=warmup, repeats=repeats)
 
-    full = timed(next(iter(named.values())), 0, 0)
+    full = timed(next(iter(named.values())), 0, (0,))[0]
     found = []
     for name, lm in named.items():
-        for e, depth in enumerate(lm.exits):
-            known = [(k, timed(lm, e, k)) for k in lengths]
-            found.append(Candidate.of_rounds(e, depth, name, _between(known, full)))
+        for e in exits if exits is not None else range(len(lm.exits)):
+            known = sorted(timed(lm, e, lengths).items())
+            found.append(Candidate.of_rounds(e, lm.exits[e], name, _between(known, full)))
     return Times(full, tuple(found), rows, context, str(device))
+
+
+def times_of(rounds: Rounds, prompts: Sequence[Sequence[int]], *, warmup: int = 5, repeats: int = 30) -> dict[int, float]:
+    """What a captured round of each of its draft lengths takes behind these prompts: medians, milliseconds."""
+    rounds.generate(prompts, 1)  # texts in place and finished: a round runs in full and changes nothing
+    with torch.inference_mode(), evaluating(rounds.lm.model, rounds.lm):
+        graphs = {k: rounds.graph(k) for k in rounds.lengths}
+        return {
+            k: clock.measure(graph.replay, warmup=warmup, repeats=repeats, device=rounds.device).median_ms for k, graph in graphs.items()
+        }
+
+
+def _check_exits(named: Mapping[str, LanguageModel], exits: Sequence[int] | None) -> None:
+    fewest = min(len(lm.exits) for lm in named.values())
+    if exits is not None and (not exits or not all(0 <= e < fewest for e in exits)):
+        raise InvalidInput(f"exits must be numbers of exits from 0 to {fewest - 1}, at least one; got {list(exits)}.")
 
 
 def _between(known: Sequence[tuple[int, float]], full: float) -> list[float]:
@@ -248,7 +270,7 @@ class _Scratch:
 
     def __init__(self, lm: LanguageModel, exit_index: int, rows: int, context: int, most: int) -> None:
         self.mode = Verify(most, exit_index=exit_index)
-        self.rows = Rows(lm, _prompts(lm, rows, context), most + 3, Sampling(), list(range(rows)), (), exit_index, most)
+        self.rows = Rows(lm, _prompts(lm, rows, context), most + 3, Sampling(), list(range(rows)), (), (exit_index,), most)
         first = self.rows.choose(self.rows.prefill())
         self.one = torch.ones_like(self.rows.length)
         self.rows.append(first[:, None], self.one, self.one[:, None])

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from offramp.core.errors import InvalidInput
-from offramp.engines.generate import Plain, generate
+from offramp.engines.generate import generate
 from offramp.engines.rounds import Rounds
 from offramp.engines.sampling import Sampling
-from offramp.engines.speculate import Verify
 from offramp.exits.cached import Adapter
 from offramp.exits.lm import Trimmed
 from offramp.language import attach_lm
+from offramp.policies.decoding import Plain, Verify
 
 transformers = pytest.importorskip("transformers")
 
