@@ -186,10 +186,81 @@ class Cut:
             for dim in self.batch_dims.get(name, ()):
                 value = _select(value, dim, rows)
             values[name] = value
-        hidden = None
-        if 0 < state.at < len(self.segments):
-            hidden = values[str(self.segments[state.at - 1].hidden)]
-        return CutState(values, int(rows.numel()), state.at, hidden)
+        return CutState(values, int(rows.numel()), state.at, self._hidden(values, state.at))
+
+    def names(self, boundary: int) -> tuple[str, ...]:
+        """Names of the tensors live at a boundary: the inputs at 0, the flat outputs at the number of segments.
+
+        Raises:
+            InvalidInput: there is no such boundary.
+        """
+        if not 0 <= boundary <= len(self.segments):
+            raise InvalidInput(f"boundary must be in [0, {len(self.segments)}], got {boundary}.")
+        if boundary == 0:
+            return tuple(n for n, v in self._placeholders if isinstance(v, Tensor))
+        return self.segments[boundary - 1].live
+
+    def made(self, start: int, stop: int) -> tuple[str, ...]:
+        """Names of what segments ``start`` to ``stop - 1`` add: tensors live at ``stop`` that are not live at ``start``.
+
+        This is all that a skip from one boundary to the other has to fill. In a plain transformer it is the hidden state; in a U-Net cut
+        after a down block and before the up block that mirrors it, it is the deep feature: skips made and read inside do not appear.
+
+        Raises:
+            InvalidInput: the range is empty or not inside the model.
+        """
+        if not 0 <= start < stop <= len(self.segments):
+            raise InvalidInput(f"A skip goes forward inside [0, {len(self.segments)}]; got from {start} to {stop}.")
+        have = set(self.names(start))
+        return tuple(n for n in self.names(stop) if n not in have)
+
+    def skip(self, state: CutState, stop: int, made: Mapping[str, Tensor]) -> CutState:
+        """The state at boundary ``stop`` without running the segments before it: what is live stays, the rest is taken from ``made``.
+
+        Args:
+            state: at an earlier boundary.
+            stop: where to go on.
+            made: a tensor for every name in ``Cut.made(state.at, stop)``, for the same rows; others are not read.
+
+        Raises:
+            InvalidInput: the range is empty, or ``made`` lacks a tensor or has one of other rows.
+        """
+        wanted = self.made(state.at, stop)
+        if missing := [n for n in wanted if n not in made]:
+            raise InvalidInput(
+                f"A skip from boundary {state.at} to {stop} needs a fill for {', '.join(map(repr, wanted))}; missing: "
+                f"{', '.join(map(repr, missing))}."
+            )
+        for name in wanted:
+            for dim in self.batch_dims.get(name, ()):
+                if made[name].ndim <= dim or made[name].shape[dim] != state.rows:
+                    raise InvalidInput(
+                        f"The fill for {name!r} is shaped {tuple(made[name].shape)}; dimension {dim} must hold {state.rows} rows."
+                    )
+        values = {n: made[n] if n in wanted else state.values[n] for n in self.names(stop)}
+        return CutState(values, state.rows, stop, self._hidden(values, stop))
+
+    def join(self, states: Sequence[CutState]) -> CutState:
+        """Several groups of rows at one boundary as one, in order. What has no batch dimension is taken from the first group.
+
+        Raises:
+            InvalidInput: no states, states at different boundaries, or a tensor holds the batch in two dimensions.
+        """
+        if not states or len({s.at for s in states}) != 1:
+            raise InvalidInput(f"join takes states at one boundary, got states at {[s.at for s in states]}.")
+        if len(states) == 1:
+            return states[0]
+        values = {}
+        for name in self.names(states[0].at):
+            dims = self.batch_dims.get(name, ())
+            if len(dims) > 1:
+                raise InvalidInput(f"The tensor {name!r} holds the batch in dimensions {dims}, so rows of two groups cannot be joined.")
+            values[name] = torch.cat([s.values[name] for s in states], dim=dims[0]) if dims else states[0].values[name]
+        at = states[0].at
+        return CutState(values, sum(s.rows for s in states), at, self._hidden(values, at))
+
+    def _hidden(self, values: Mapping[str, Any], boundary: int) -> Tensor | None:
+        return values[str(self.segments[boundary - 1].hidden)] if 0 < boundary < len(self.segments) else None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The whole model: begin, run everything, end."""

@@ -1,4 +1,4 @@
-"""Families of diffusers, and example inputs for a user's denoiser. The only file that imports diffusers, inside functions."""
+"""Families of diffusers; example inputs, noise levels and places of a denoiser. The only file that imports it, inside functions."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from offramp.backbones.families import Family, Inputs
 from offramp.core.errors import InvalidInput, MissingExtra
+from offramp.core.noise import FlowMatching, LogSigma, NoiseScale, VariancePreserving
 
 
 def _library() -> Any:
@@ -358,3 +359,63 @@ def example_inputs(model: nn.Module, rows: int = 2) -> dict[str, Tensor]:
     if "pooled_projections" in names and getattr(config, "pooled_projection_dim", None):
         inputs["pooled_projections"] = torch.randn(rows, int(config.pooled_projection_dim))
     return inputs
+
+
+# Denoisers that their pipelines call with sigma itself and not with the scheduler's timestep.
+_CALLED_WITH_SIGMA = ("FluxTransformer2DModel", "AuraFlowTransformer2DModel")
+
+
+def denoiser_name(pipe: Any) -> str:
+    """Which component of a pipeline is its denoiser.
+
+    Raises:
+        InvalidInput: it has none, or no scheduler.
+    """
+    name = next((n for n in ("transformer", "unet") if isinstance(getattr(pipe, n, None), nn.Module)), None)
+    if name is None or not hasattr(getattr(pipe, "scheduler", None), "timesteps"):
+        raise InvalidInput(
+            f"{type(pipe).__name__} has no denoiser (a module `transformer` or `unet`) with a `scheduler`. For a denoiser alone "
+            "use attach_denoiser and sample."
+        )
+    return name
+
+
+def noise_scale(scheduler: Any, model: nn.Module | None = None) -> NoiseScale:
+    """Noise levels of the timesteps that a scheduler gives to a denoiser.
+
+    Args:
+        scheduler: of diffusers, or one with its ``alphas_cumprod`` or ``config``.
+        model: the denoiser; some are called with sigma and not with the timestep.
+
+    Raises:
+        InvalidInput: the scheduler says neither; pass a noise scale.
+    """
+    config: Any = dict(getattr(scheduler, "config", None) or {})
+    steps = float(config.get("num_train_timesteps") or 1000)
+    flow = "FlowMatch" in type(scheduler).__name__ or config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"
+    if flow:
+        return FlowMatching(1.0 if type(model).__name__ in _CALLED_WITH_SIGMA else steps)
+    if "EDM" in type(scheduler).__name__ or config.get("timestep_type") == "continuous":
+        return LogSigma(0.25)
+    alphas = getattr(scheduler, "alphas_cumprod", None)
+    if isinstance(alphas, Tensor):
+        return VariancePreserving.from_alphas(alphas)
+    raise InvalidInput(f"The noise levels of {type(scheduler).__name__} are not known; pass noise=, such as FlowMatching().")
+
+
+def deep_part(model: nn.Module, branch: int = 0) -> tuple[str, str]:
+    """The places between which a U-Net is deeper than a branch: after that down block, and after the up block below its mirror image.
+
+    Args:
+        model: with ``down_blocks`` and ``up_blocks``.
+        branch: 0 is the shallowest: all but the first down block and the last up block is deep.
+
+    Raises:
+        InvalidInput: the model is no such U-Net or has no such branch.
+    """
+    down, up = getattr(model, "down_blocks", None), getattr(model, "up_blocks", None)
+    if not isinstance(down, nn.ModuleList) or not isinstance(up, nn.ModuleList) or len(down) != len(up):
+        raise InvalidInput(f"{type(model).__name__} has no down_blocks and up_blocks that mirror each other.")
+    if not 0 <= branch < len(up) - 1:
+        raise InvalidInput(f"branch must be from 0 to {len(up) - 2}, got {branch}.")
+    return f"down_blocks.{branch}", f"up_blocks.{len(up) - 2 - branch}"

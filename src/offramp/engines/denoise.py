@@ -1,0 +1,155 @@
+"""denoise: run a denoiser so that each row of each step computes only what its decision points ask for.
+
+A plan is a tuple of `Point`. One call walks over the boundaries of the cut (`offramp.engines.denoise_step`): rows that land at a boundary
+join, the points there send some away, and the segment runs for the rows that are present. What rows carry is taken and joined by the batch
+dimension of every live tensor, so a row's result does not depend on its batch mates. Points known beforehand cost no synchronisation;
+measured ones cost one host read each.
+
+Shapes: ``B`` rows of a call, ``T`` steps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from offramp.diffusion import BoundPoint, Call, DenoisingNet
+from offramp.engines.denoise_report import Report, StepRecord
+from offramp.engines.denoise_step import SegmentCall, Walk, run_segment
+from offramp.engines.trajectory import Branch, Trajectory
+from offramp.policies.denoising import Moment, Point
+
+
+class Denoiser(nn.Module):
+    """A denoiser that carries out a plan. Called as the user's model is called, returns what it returns.
+
+    Attributes the model has (``config``, ``dtype``, ...) are the model's, so that a pipeline takes it for the model. Runs without gradients
+    and in evaluation mode. Everything remembered is in ``trajectory``; `reset` forgets it and starts another report.
+
+    Args:
+        net: from `attach_denoiser`.
+        points: the plan; without points it is the plain model.
+        observe: note every measured score in the report, for calibration.
+
+    Attributes:
+        segment: runs one segment; replace it to run compiled ones.
+
+    Raises:
+        InvalidInput: a point has no such place or its fill does not fit.
+    """
+
+    def __init__(self, net: DenoisingNet, points: Sequence[Point] = (), *, observe: bool = False) -> None:
+        super().__init__()
+        self.net = net
+        self.points = tuple(points)
+        self.observe = observe
+        self.segment: SegmentCall = run_segment
+        self.trajectory = Trajectory()
+        self._bound: dict[Any, tuple[BoundPoint, ...]] = {}
+        self._schedule: Any = None
+        self._host: tuple[Tensor, list[float]] | None = None
+        self._records: deque[StepRecord] = deque(maxlen=4096)
+        self._peak = 0
+        net.bind(self.points)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            net: Any = super().__getattr__("net")
+            return getattr(net.model, name)
+
+    def reset(self, timesteps: Tensor | Callable[[], Tensor] | None = None) -> None:
+        """Begin a trajectory: forget everything and begin another report.
+
+        Args:
+            timesteps: what the sampler will step through, ``[T]`` or per row ``[B, T]``, or a function that gives it at the first step;
+                without it the last step is not known and not guarded.
+        """
+        self.release()
+        self._records.clear()
+        self._peak = 0
+        self._schedule, self._host = timesteps, None
+
+    def release(self) -> None:
+        """Forget what is remembered and keep the report."""
+        self.trajectory.reset()
+
+    @property
+    def report(self) -> Report:
+        """What ran since the last `reset`."""
+        return Report.of(self._records, self.net.cut().spec.flops, len(self.net.at) + 1, self._peak)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad():
+            call = self.net.call(*args, **kwargs)
+            made = self.net.cut(call)
+            if call.key not in self._bound:
+                self._bound[call.key] = self.net.bind(self.points, call)
+            points = self._bound[call.key]
+            sample: Tensor = call.kwargs[self.net.sample_name]
+            times, final = self._times(call)
+            log_snr = self.net.noise.log_snr(torch.tensor(times, dtype=torch.float64)).tolist()
+            branch, why = self.trajectory.enter(times, log_snr, call.key, [p.point.fill.keeps for p in points])
+            moment = Moment(log_snr, branch.step, self.trajectory.branch, self._keys(branch, sample))
+            if self.trajectory.step == 0 and self.trajectory.branch == 0:
+                self._records.clear()
+            record = StepRecord(self.trajectory.branch, self.trajectory.step, log_snr, made.spec.flops)
+            walk = Walk(made, points, branch, moment, sample, final, why, self.segment, record, self.observe)
+            output = made.end(walk.all(made.begin(**call.kwargs)))
+            self._records.append(record)
+            self._peak = max(self._peak, self.trajectory.cache_bytes)
+        if call.return_dict:
+            return output
+        return output.to_tuple() if hasattr(output, "to_tuple") else output if isinstance(output, tuple) else (output,)
+
+    def _times(self, call: Call) -> tuple[list[float], list[bool]]:
+        """Every row's timestep on the host, read from the sampler's list where it is an entry of it, and whether it is the row's last."""
+        if self._host is None and self._schedule is not None:
+            listed = self._schedule() if callable(self._schedule) else self._schedule
+            self._host = (listed, listed.double().cpu().tolist())
+        given = call.timestep
+        if not isinstance(given, Tensor):
+            times = [float(given)] * call.rows
+        elif given.device.type != "cpu" and self._host is not None and (found := _listed(given, *self._host)) is not None:
+            times = [found] * call.rows
+        else:
+            times = [float(t) for t in given.reshape(-1).tolist()]
+            times = times * call.rows if len(times) == 1 else times
+        if self._host is None:
+            return times, [False] * call.rows
+        ends = self._host[1]
+        each: list[Any] = [e[-1] for e in ends] if ends and isinstance(ends[0], list) else [ends[-1]] * call.rows  # type: ignore[index]
+        each = each if len(each) == call.rows else each * (call.rows // len(each))
+        return times, [math.isclose(t, e, rel_tol=1e-6, abs_tol=1e-9) for t, e in zip(times, each, strict=True)]
+
+    def _keys(self, branch: Branch, sample: Tensor) -> list[int]:
+        """A number of every row from its first input, if a signal asks for it."""
+        if not any(getattr(p.signal, "needs_keys", False) for p in self.points):
+            return []
+        anew = [r for r, s in enumerate(branch.step) if s == 0]
+        if len(branch.keys) != len(branch.step):
+            branch.keys = [0] * len(branch.step)
+        if anew:
+            bits = sample.float().contiguous().view(torch.int32).flatten(1).long()
+            weights = torch.arange(1, bits.shape[1] + 1, device=bits.device)
+            sums = (bits * weights).sum(1).tolist()
+            for r in anew:
+                branch.keys[r] = sums[r]
+        return branch.keys
+
+
+def _listed(given: Tensor, listed: Tensor, host: list[Any]) -> float | None:
+    """The value of a timestep that is a view of an entry of the sampler's list."""
+    same = listed.device == given.device and listed.dtype == given.dtype and listed.ndim == 1
+    if not same or any(s != 0 and n > 1 for s, n in zip(given.stride(), given.shape, strict=True)):
+        return None
+    if given.untyped_storage().data_ptr() != listed.untyped_storage().data_ptr() or listed.stride(0) == 0:
+        return None
+    place = (given.storage_offset() - listed.storage_offset()) // listed.stride(0)
+    return float(host[place]) if 0 <= place < len(host) else None

@@ -1,0 +1,108 @@
+"""What a denoiser computed: depth and FLOPs of every row at every step, and why.
+
+Shapes: ``R`` rows times guidance branches, ``T`` steps.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class StepRecord:
+    """One call. Lists have one entry per row.
+
+    Attributes:
+        branch: guidance branch.
+        step: of the trajectory.
+        log_snr: noise level.
+        full: FLOPs per row of the whole model.
+        depth: segments that ran.
+        flops: executed, heads included.
+        fired: points that fired, by number.
+        reasons: how often each (point, reason) decided.
+        stored: rows that each point remembered.
+        scores: (point, rows, score) of measured signals, if they are observed.
+    """
+
+    branch: int
+    step: int
+    log_snr: list[float]
+    full: int
+    depth: list[int] = field(default_factory=list)
+    flops: list[int] = field(default_factory=list)
+    fired: list[list[int]] = field(default_factory=list)
+    reasons: Counter[tuple[int, str]] = field(default_factory=Counter)
+    stored: dict[int, set[int]] = field(default_factory=dict)
+    scores: list[tuple[int, tuple[int, ...], Tensor]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        rows = len(self.log_snr)
+        self.depth, self.flops, self.fired = [0] * rows, [0] * rows, [[] for _ in range(rows)]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What ran between two resets. Rows of separate guidance calls follow one another, the first branch first.
+
+    Attributes:
+        depth: ``[R, T]`` int64 segments that ran; -1 where a row was not called.
+        flops: ``[R, T]`` float64 executed FLOPs, heads included; NaN where a row was not called.
+        log_snr: ``[R, T]`` float64 noise level; NaN where a row was not called.
+        fired: ``[R, T]`` int64 number of the first point that fired; -1 = none.
+        segments: of the model.
+        full_flops: per row and step of the whole model.
+        reasons: how often each (point, reason) decided about a row: ``skipped``, ``score`` (below the threshold), ``first``, ``last``,
+            ``cap``, ``missing``, ``not finite``, ``shape``, ``gap``.
+        cache_bytes: most that was remembered at once.
+        scores: for every point ``[R, T]`` float32 scores, NaN where none was measured; empty unless observed.
+    """
+
+    depth: Tensor
+    flops: Tensor
+    log_snr: Tensor
+    fired: Tensor
+    segments: int
+    full_flops: float
+    reasons: Mapping[tuple[int, str], int]
+    cache_bytes: int
+    scores: Mapping[int, Tensor] = field(default_factory=dict)
+
+    @property
+    def cost(self) -> float:
+        """Executed FLOPs over those of the whole model; NaN before the first call."""
+        return float(self.flops.nansum() / (self.full_flops * (self.depth >= 0).sum()))
+
+    @property
+    def row_cost(self) -> Tensor:
+        """``[R]`` the same for each row (float64)."""
+        return self.flops.nansum(1) / (self.full_flops * (self.depth >= 0).sum(1))
+
+    @classmethod
+    def of(cls, records: Sequence[StepRecord], full: int, segments: int, cache_bytes: int) -> Report:
+        """Put the records of calls together."""
+        widths = {b: max(len(r.log_snr) for r in records if r.branch == b) for b in sorted({r.branch for r in records})}
+        steps = sorted({r.step for r in records})
+        starts = {b: sum(widths[o] for o in widths if o < b) for b in widths}
+        shape = (sum(widths.values()), len(steps))
+        depth, fired = torch.full(shape, -1), torch.full(shape, -1)
+        flops, log_snr = torch.full(shape, torch.nan, dtype=torch.float64), torch.full(shape, torch.nan, dtype=torch.float64)
+        reasons: Counter[tuple[int, str]] = Counter()
+        scores: dict[int, Tensor] = {}
+        for record in records:
+            column, start = steps.index(record.step), starts[record.branch]
+            rows = slice(start, start + len(record.log_snr))
+            depth[rows, column] = torch.tensor(record.depth)
+            flops[rows, column] = torch.tensor(record.flops, dtype=torch.float64) * (full / record.full)
+            log_snr[rows, column] = torch.tensor(record.log_snr, dtype=torch.float64)
+            fired[rows, column] = torch.tensor([f[0] if f else -1 for f in record.fired])
+            reasons.update(record.reasons)
+            for point, which, values in record.scores:
+                table = scores.setdefault(point, torch.full(shape, torch.nan))
+                table[torch.tensor(which) + start, column] = values.float().cpu()
+        return cls(depth, flops, log_snr, fired, segments, float(full), dict(reasons), cache_bytes, scores)
