@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import lzma
 import math
@@ -16,7 +17,6 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from offramp.core.bundle import write_json
 from offramp.engines.capture import Tuning
 from offramp.engines.round_times import Candidate
 from offramp.engines.rounds import Rounds
+from offramp.language import LanguageModel, attach_lm, load_lm
 from offramp.measure import clock
 
 END_OF_TEXT = "<|endoftext|>"
@@ -232,6 +233,54 @@ def spec_bench(path: Path, encode: Callable[[str], list[int]], most: int, each: 
     return [p for group in GROUPS for p in found[group][:each]]
 
 
+def grouped(prompts: Sequence[Prompt]) -> dict[str, list[Prompt]]:
+    """Prompts by group, in order."""
+    found: dict[str, list[Prompt]] = {}
+    for p in prompts:
+        found.setdefault(p.group, []).append(p)
+    return found
+
+
+def in_turn(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """The first prompt of each group, the second of each, and so on: what is cut short is cut short evenly."""
+    return [p for column in itertools.zip_longest(*grouped(prompts).values()) for p in column if p is not None]
+
+
+# ---- what training leaves -----------------------------------------------------------------------------------------------
+
+
+def load_model(folder: Path, dtype: torch.dtype) -> Any:
+    """The trained model on the CPU."""
+    from transformers import LlamaForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    model = LlamaForCausalLM.from_pretrained(folder / "model", dtype=dtype).eval()
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def exits_in(folder: Path, model: Any) -> dict[str, LanguageModel]:
+    """Every exit in a training's folder by itself, named ``head-depth``, over one model."""
+    found = {}
+    for path in sorted(folder.glob("exits-*")):
+        whole = load_lm(model, path)
+        name = path.name.removeprefix("exits-").partition("-")[0]
+        for k, depth in enumerate(whole.exits):
+            one = whole if len(whole.exits) == 1 else attach_lm(model, [depth], whole.specs[k])
+            if one is not whole:
+                one.heads[0].load_state_dict(whole.heads[k].state_dict())
+            found[f"{name}-{depth}"] = one
+    return found
+
+
+def over(lm: LanguageModel, model: Any) -> LanguageModel:
+    """The same exits with the same weights on a copy of the model, of whatever type."""
+    made = attach_lm(model, lm.exits, lm.specs)
+    made.heads.load_state_dict(lm.heads.state_dict())
+    return made
+
+
 # ---- times ---------------------------------------------------------------------------------------------------------------
 
 
@@ -286,7 +335,7 @@ def candidate(exit_index: int, depth: int, head: str, full: float, known: dict[i
     points = sorted({0: full, **known}.items())
     rounds = []
     for k in range(1, points[-1][0] + 1):
-        (a, low), (b, high) = next(pair for pair in pairwise(points) if pair[0][0] < k <= pair[1][0])
+        (a, low), (b, high) = next(pair for pair in itertools.pairwise(points) if pair[0][0] < k <= pair[1][0])
         rounds.append(low + (high - low) * (k - a) / (b - a))
     return Candidate.of_rounds(exit_index, depth, head, rounds)
 
