@@ -327,7 +327,7 @@ def cost_quality(
         cost: name of the horizontal axis, its unit in brackets.
         unit: ``"share"`` prints costs as percentages, anything else as numbers in that unit.
         full: the full model: its distance is drawn across.
-        floor: what real images get (`fid_floor`), drawn across.
+        floor: what real images get (`fid_floor`), drawn across; only in the legend where it lies far below everything else.
         size: width and height in inches, without the legend's lines.
     """
     if not points:
@@ -362,7 +362,12 @@ def cost_quality(
             ax.axhline(full.mean, color=INK, linewidth=1, linestyle=(0, (4, 3)), zorder=1, label="full model")
             ax.plot([full.cost], [full.mean], marker="*", markersize=8, color=INK, linestyle="none", zorder=5)
         if floor is not None:
-            ax.axhline(floor, color=MUTED, linewidth=1, linestyle=(0, (1, 2)), zorder=1, label="real images against real images")
+            far = low - floor > high - low  # drawn there it would squeeze everything else; the legend has it
+            words = f"real images against real images: {floor:.3g}{' (below the axis)' if far else ''}"
+            if far:
+                ax.plot([], [], color="none", label=words)
+            else:
+                ax.axhline(floor, color=MUTED, linewidth=1, linestyle=(0, (1, 2)), zorder=1, label=words)
         steep = low > 0 and high > 8 * low
         if steep:
             from matplotlib.ticker import FuncFormatter, LogLocator
@@ -377,6 +382,8 @@ def cost_quality(
             ax.set_xlim(0, 1.08 * max(p.cost for p in every))  # distances on paper are ratios of time
         ax.grid(True, axis="both")
         ax.margins(0.07, 0.1)
+        if low >= 0 and not steep and ax.get_ylim()[0] < 0:
+            ax.set_ylim(bottom=0)
         ax.set_xlabel(cost)
         ax.set_ylabel(f"{quality}, lower is better{' (log scale)' if steep else ''}")
         handles, labels = ax.get_legend_handles_labels()

@@ -275,7 +275,8 @@ def _cost(full: ImageResult, results: Sequence[ImageResult], floor: FidFloor | N
             )
         )
     bars = "Bars reach from the lowest to the highest seed. " if len(full.fid) > 1 else ""
-    return "".join(map(figure, pictures)) + paragraph(f"{bars}Open markers and dashed lines are controls.", "fine")
+    shown = "".join(map(figure, pictures))
+    return f'<div class="pair">{shown}</div>' + paragraph(f"{bars}Open markers and dashed lines are controls.", "fine")
 
 
 def _controls(results: Sequence[ImageResult]) -> str:
