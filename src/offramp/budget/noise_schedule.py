@@ -22,6 +22,7 @@ from torch import Tensor
 
 from offramp.budget.replay import F64
 from offramp.core.errors import InvalidInput
+from offramp.core.noise import noise_share
 
 Levels: TypeAlias = Sequence[float] | NDArray[np.floating] | Tensor
 
@@ -44,12 +45,17 @@ def as_levels(levels: Levels) -> F64:
 
 
 def edge_between(low: float, high: float) -> float:
-    """An edge above level ``low`` and at most ``high``, far from both where it can be: a level must not change bins by rounding."""
-    if math.isinf(low) and math.isinf(high):
-        return 0.0
-    if math.isinf(low):
-        return high - 1.0
-    return low + 1.0 if math.isinf(high) else (low + high) / 2
+    """An edge above level ``low`` and below ``high``, in the middle by `noise_share`: a level must not change bins by rounding.
+
+    In a rectified flow that is the middle in time. The middle of two log-SNRs would hang on where pure noise, whose log-SNR is minus
+    infinity, happens to be cut off.
+    """
+    share = sum(noise_share(min(max(x, -1e3), 1e3)) for x in (low, high)) / 2
+    edge = 2 * (math.log1p(-share) - math.log(share)) if 0 < share < 1 else math.nan
+    if low < edge < high:
+        return edge
+    # Shares that round to 0 or 1 have no middle; an infinite end counts as 2 away.
+    return ((high - 2 if low == -math.inf else low) + (low + 2 if high == math.inf else high)) / 2
 
 
 @dataclass(frozen=True)

@@ -74,6 +74,12 @@ def test_equal_shares_with_levels_that_repeat_or_are_infinite():
     # Rounding to half precision moves no level across an edge: edges are midway.
     assert bins.counts(torch.tensor([-math.inf, 0.0, math.inf], dtype=torch.float16)) == (1, 1, 1)
     assert NoiseBins.equal_shares([-math.inf, math.inf], 2).edges == (0.0,)
+    far = NoiseBins.equal_shares([-math.inf, -500.0, -400.0, 500.0, 1e4, math.inf], 6)
+    assert [far.bin_of(x) for x in (-math.inf, -501.0, -450.1, -449.9, -1.0, 1.0, 1e4, 1e9)] == [0, 1, 1, 2, 2, 3, 4, 5]
+    flow = FlowMatching(1.0)
+    assert NoiseBins.equal_shares(flow.log_snr(torch.tensor([1.0, 0.9])), 2).edges == pytest.approx(
+        flow.log_snr(torch.tensor([0.95])), abs=1e-2
+    )
     with pytest.raises(InvalidInput, match="3 distinct"):
         NoiseBins.equal_shares([-math.inf, 0.0, 0.0, math.inf], 4)
 
@@ -170,7 +176,7 @@ def example(seed):
 @pytest.mark.parametrize("monotone", [False, True])
 def test_front_and_best_equal_brute_force(monotone):
     refused = 0
-    for seed in range(120):
+    for seed in range(84):
         bins, loss, cost, weight, draw = example(seed)
         every = brute(loss, cost, weight, monotone)
         if not every:
@@ -195,7 +201,7 @@ def test_front_and_best_equal_brute_force(monotone):
         with pytest.raises(BudgetInfeasible) as caught:
             best_schedule(bins, loss, cost, weight, cheapest - 0.01, monotone=monotone)
         assert caught.value.best == pytest.approx(cheapest)
-    assert refused < 12
+    assert refused < 9
 
 
 def check_point(point: ScheduleChoice, loss, cost, weight, monotone):
