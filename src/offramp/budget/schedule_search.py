@@ -135,6 +135,12 @@ def best_schedule(
     Raises:
         InvalidInput: shapes differ or a value is out of range.
         BudgetInfeasible: the cheapest schedule costs more; carries its mean cost.
+
+    Example:
+        >>> bins = NoiseBins((0.0,))  # noisy and clean; 3 and 1 steps of the sampler fall there
+        >>> loss = [[0.5, 0.4, 0.3], [0.9, 0.5, 0.1]]
+        >>> best_schedule(bins, loss, cost=[1, 2, 3], weight=[3, 1], budget=1.5, depths=(4, 8, 12)).depths
+        (4, 12)
     """
     problem = _Problem.of(bins, loss, cost, weight, depths, monotone)
     if math.isnan(budget):
