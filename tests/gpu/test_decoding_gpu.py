@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from offramp.backbones.attention import decoding_attention, kernel_available, masked_attention
-from offramp.engines.generate import Plain, generate
+from offramp.engines.generate import generate
 from offramp.engines.rounds import Rounds
 from offramp.engines.sampling import Sampling
-from offramp.engines.speculate import Verify
 from offramp.language import attach_lm
+from offramp.policies.decoding import Plain, Verify
 
 transformers = pytest.importorskip("transformers")
 DEVICE = torch.device("cuda")

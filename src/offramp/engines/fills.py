@@ -102,8 +102,8 @@ class _CatchingUp(Filling):
 
     def finish(self) -> Pass | None:
         found = None
-        if bool(self.waiting.any()):
-            for segment in range(1, self.last + 1):
+        for segment in range(1, self.last + 1):
+            if bool((self.done[segment - 1] > self.done[segment]).any()):
                 found = self.run(segment, self.rows.alive)
                 if segment < self.last:
                     self.rows.observe(found.states, self.rows.exits[segment])

@@ -62,6 +62,8 @@ def expected(model: Any, new: int) -> list[str]:
         ["--mode", "verify", "--exit", 1, "--draft-length", 3],
         ["--mode", "verify", "--stop-below", 0.5],
         ["--mode", "accept", "--exit", 2],
+        ["--mode", "accept", "--exit", 2, "--fill", "recompute", "--cap", 2],
+        ["--mode", "accept", "--exit", 2, "--threshold", 1.1, "--fill", "copy"],
     ],
 )
 def test_texts_are_the_models_own(write: Call, model: Any, how: list[object]) -> None:
@@ -87,6 +89,18 @@ def test_show(write: Call, tmp_path: Path) -> None:
 def test_show_what_accepting_costs(write: Call) -> None:
     result = write("--max-new-tokens", 9, "--mode", "accept", "--exit", 1, "--threshold", 0, "--show")
     assert re.search(r"16 tokens left early; the model would have chosen otherwise for \d+ \(", result.output), result.output
+    assert "Ran 100.00 % of the blocks that plain decoding runs." in result.output
+
+
+def test_show_what_copying_saves(write: Call, tmp_path: Path) -> None:
+    out = tmp_path / "written.json"
+    result = write("--max-new-tokens", 9, "--mode", "accept", "--exit", 1, "--threshold", 0, "--fill", "copy", "--show", "--out", out)
+    assert "Ran 25.00 % of the blocks that plain decoding runs, and keys and values alone of others." in result.output, result.output
+    assert "left early" not in result.output  # nobody has looked at them since
+    record = json.loads(out.read_text())
+    assert (record["blocks_run"], record["blocks_projected"], record["blocks_plain"]) == (16, 48, 64)
+    assert [len(row) for row in record["scores"]] == [9, 9] and record["scores"][0][0] is None
+    assert all(0 < score <= 1 for score in record["scores"][0][1:])
 
 
 def test_sampling_follows_the_seed(write: Call) -> None:
@@ -116,6 +130,7 @@ def test_trained_exits(write: Call, folder: Path, tmp_path: Path) -> None:
     ("words", "message"),
     [
         (["--mode", "guess"], "--mode is one of plain, accept, verify"),
+        (["--mode", "accept", "--fill", "guess"], "--fill is one of catch-up, recompute, copy"),
         (["--dtype", "float8"], "--dtype is one of"),
         (["--mode", "verify", "--exit", 4], "from 1 to 3"),
         (["--temperature", -1], "temperature"),

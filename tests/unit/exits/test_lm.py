@@ -9,9 +9,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from offramp.core.errors import InvalidInput
-from offramp.engines.generate import Verify, generate
+from offramp.engines.generate import generate
 from offramp.exits.lm import OwnNorm, Trimmed, frequent
 from offramp.language import attach_lm
+from offramp.policies.decoding import Verify
 
 
 @pytest.fixture

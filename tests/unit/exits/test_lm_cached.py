@@ -23,9 +23,10 @@ from transformers import (
 
 from offramp.backbones.kv import KVCache
 from offramp.core.errors import InvalidInput
-from offramp.engines.generate import Accept, Plain, Verify, generate
+from offramp.engines.generate import generate
 from offramp.exits.cached import Adapter, Block
 from offramp.language import LanguageModel, attach_lm
+from offramp.policies.decoding import Accept, Plain, Verify
 from offramp.policies.draft_stop import BelowProbability
 
 PROMPTS = [[5, 9, 2, 7, 1], [3], [8, 8, 4, 1, 6, 2, 9, 30], [11, 12], [1, 2, 3], [40, 41, 42, 43], [7], [6, 5, 4, 3, 2, 1]]

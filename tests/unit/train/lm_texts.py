@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from offramp.engines.generate import Plain, Verify, generate
+from offramp.engines.generate import generate
 from offramp.language import attach_lm
+from offramp.policies.decoding import Plain, Verify
 from offramp.train import FinalOnly, Joint, fit, packed, text_loader
 
 WORDS = ["the", "cat", "dog", "sees", "bird", "likes", "red", "old", "tree", "house", "and", "sings"]
