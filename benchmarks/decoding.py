@@ -9,9 +9,9 @@ read once a token at the memory bandwidth measured on this machine.
 Parts, each written when it is done, and left out (named in the result) when the budget of time has no room for it any more:
 
     plain          rows 1
-    speculative    rows 1, each draft length; whether the text is the plain one's; synchronisations a round, counted
+    speculative    rows 1, each draft length, and chosen before each round; whether the text is the plain one's; synchronisations counted
     transformers   greedy, assistant_early_exit, prompt lookup
-    batch          more rows: plain, each draft length, and what the planner chooses from measured rounds
+    batch          more rows: plain, each draft length, and the length chosen before each round from measured times and what was kept
     long           a prompt of 8k tokens: speed and peak memory of plain and verified decoding
 
     python benchmarks/decoding.py --out benchmarks/results/decoding_llama_1b_h100.json
@@ -31,8 +31,8 @@ from lm_common import (
     Budget,
     Sheet,
     asked_parts,
-    candidate,
     compare_texts,
+    fixed,
     numbers,
     rate,
     round_ms,
@@ -45,13 +45,14 @@ from lm_common import (
 )
 from torch import Tensor, nn
 
-from offramp.engines.agreement import Acceptance, agreement
-from offramp.engines.generate import Plain, generate
-from offramp.engines.planner import Times, choose
+from offramp.engines.agreement import agreement
+from offramp.engines.draft_lengths import LengthChoice
+from offramp.engines.generate import generate
 from offramp.engines.rounds import Rounds
 from offramp.language import LanguageModel, attach_lm
 from offramp.measure.clock import environment
 from offramp.measure.hardware import ceilings
+from offramp.policies.decoding import Plain
 
 PARTS = ("plain", "speculative", "transformers", "batch", "long")
 
@@ -115,8 +116,9 @@ class Bench:
             self.model = llama(args, self.device, self.dtype)
             self.lm = attach_lm(self.model, [args.exit])
         self.exact: nn.Module | None = None
-        self.runs: dict[tuple[int, int], Rounds] = {}
-        self.texts: dict[int, list[list[list[int]]]] = {}
+        self.runs: dict[tuple[int, tuple[int, ...]], Rounds] = {}
+        self.captured: set[tuple[int, int]] = set()
+        self.plain_texts: list[list[int]] | None = None
         generator = torch.Generator().manual_seed(0)
         self.prompts: list[list[list[int]]] = [
             [[int(t) for t in p]] for p in torch.randint(3, args.vocabulary, (args.prompts, args.prompt), generator=generator)
@@ -141,34 +143,40 @@ class Bench:
             same=("shape", "dtype", "exit", "agreement", "prompt_tokens", "new_tokens", "prompts", "tuning") if args.keep else (),
         )  # fmt: skip
 
-    def run(self, rows: int, drafts: int, slots: int | None = None) -> Rounds | None:
-        """A captured decoder, if there is time to make one."""
-        if (rows, drafts) not in self.runs:
-            name = f"capture: {rows} rows, {drafts} drafts"
-            if not self.budget.fits(name, self.args.capture_guess):
-                return None
+    def run(self, rows: int, lengths: Sequence[int], slots: int | None = None) -> Rounds:
+        """A decoder for these draft lengths, nothing captured yet."""
+        key = (rows, tuple(lengths))
+        if key not in self.runs:
+            torch._dynamo.reset()
+            slots = slots or self.args.prompt + self.args.new + 1
+            self.runs[key] = Rounds(self.lm, rows, slots=slots, draft_length=lengths, compiled=self.compiled)
+        return self.runs[key]
+
+    def ready(self, run: Rounds, drafts: int) -> bool:
+        """Whether a round of so many drafts is captured, or could be in the time that is left."""
+        key = (id(run), drafts)
+        name = f"capture: {run.state.count} rows, {drafts} drafts of {run.lengths}"
+        if key not in self.captured and self.budget.fits(name, self.args.capture_guess):
             with self.budget.part(name):
-                torch._dynamo.reset()
-                slots = slots or self.args.prompt + self.args.new + 1
-                made = Rounds(self.lm, rows, slots=slots, draft_length=drafts, compiled=self.compiled)
-                made.graph()
-            self.runs[rows, drafts] = made
-        return self.runs[rows, drafts]
+                run.graph(drafts)
+            self.captured.add(key)
+        return key in self.captured
 
     def forget(self) -> None:
         """Free what was captured."""
         self.runs.clear()
+        self.captured.clear()
         torch._dynamo.reset()
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def timed(self, run: Rounds, batches: Sequence[Sequence[Sequence[int]]]) -> dict[str, Any]:
+    def timed(self, run: Rounds, batches: Sequence[Sequence[Sequence[int]]], choice: LengthChoice) -> dict[str, Any]:
         """Tokens per second of all rows together over some batches, what was kept of drafts, and the texts under ``written``."""
         written: dict[int, list[Any]] = {}
 
         def write(count: int) -> None:
-            written[count] = [run.generate(b, count) for b in batches]
+            written[count] = [run.generate(b, count, choice=choice) for b in batches]
 
         found = rate(write, self.args.new, self.args.repeats, self.device)
         found["tokens_per_s"] *= sum(map(len, batches))
@@ -177,7 +185,7 @@ class Bench:
         if run.draft_length:
             lengths = [len(t) for g in done for t in g.tokens]
             found |= {"acceptance": kept / max(1, tried), "tokens_per_round": tokens_per_round(lengths, kept)}
-        return {**found, "round_ms": round_ms(run, batches[0]), "written": [g.tokens for g in done]}
+        return {**found, "written": [g.tokens for g in done]}
 
     def same_text(self, prompts: Sequence[Sequence[int]], one: Sequence[Sequence[int]], two: Sequence[Sequence[int]]) -> dict[str, Any]:
         if self.exact is None:
@@ -187,31 +195,45 @@ class Bench:
     # ---- parts -----------------------------------------------------------------------------------------------------------------
 
     def plain(self) -> None:
-        run = self.run(1, 0)
-        if run is None or not self.budget.fits("time: plain", 60):
+        run = self.run(1, [0])
+        if not self.ready(run, 0) or not self.budget.fits("time: plain", 60):
             return
         with self.budget.part("time: plain"):
-            found = self.timed(run, self.prompts)
-            found["synchronisations"] = synchronisations(run, self.prompts[0], self.args.new // 2, self.args.new)
-        self.texts[1] = found.pop("written")
-        share = found["tokens_per_s"] / self.sheet.content["bandwidth_limit_tokens_per_s"]
-        self.sheet.row(way="ours, plain", rows=1, drafts=0, of_bandwidth_limit=share, **found)
+            found = self.timed(run, self.prompts, fixed(0))
+            found["round_ms"] = round_ms(run, self.prompts[0], 0)
+            found["synchronisations"] = synchronisations(run, self.prompts[0], self.args.new // 2, self.args.new, fixed(0))
+        self.plain_texts = [t for batch in found.pop("written") for t in batch]
+        self.sheet.row(way="ours, plain", rows=1, of_bandwidth_limit=self._of_limit(found), **found)
 
     def speculative(self) -> None:
-        reference = self.run(1, 0)
-        for drafts in self.args.drafts:
-            run = self.run(1, drafts)
-            if run is None or reference is None or not self.budget.fits("time: speculative", 40):
+        """Every draft length, then the length chosen before each round by what the texts show."""
+        run, flat = self.run(1, sorted({0, *self.args.drafts})), [p[0] for p in self.prompts]
+        if self.plain_texts is None:
+            plain = self.run(1, [0])
+            if not self.ready(plain, 0):
+                return
+            self.plain_texts = [plain.generate(p, self.args.new).tokens[0] for p in self.prompts]
+        times: dict[int, float] = {}
+        for drafts in (*self.args.drafts, 0):
+            if self.ready(run, drafts):
+                times[drafts] = round_ms(run, self.prompts[0], drafts)
+            if not drafts or drafts not in times or not self.budget.fits("time: speculative", 40):
                 continue
             with self.budget.part(f"time: speculative {drafts}"):
-                found = self.timed(run, self.prompts)
-                found["synchronisations"] = synchronisations(run, self.prompts[0], self.args.new // 2, self.args.new)
-                if 1 not in self.texts:
-                    self.texts[1] = [reference.generate(p, self.args.new).tokens for p in self.prompts]
-                flat = [[t for batch in texts for t in batch] for texts in (self.texts[1], found.pop("written"))]
-                found["against_plain"] = self.same_text([p[0] for p in self.prompts], *flat)
-            share = found["tokens_per_s"] / self.sheet.content["bandwidth_limit_tokens_per_s"]
-            self.sheet.row(way=f"ours, {drafts} drafts", rows=1, drafts=drafts, of_bandwidth_limit=share, **found)
+                found = self.timed(run, self.prompts, fixed(drafts))
+                found["synchronisations"] = synchronisations(run, self.prompts[0], self.args.new // 2, self.args.new, fixed(drafts))
+                found["against_plain"] = self.same_text(flat, self.plain_texts, [t for batch in found.pop("written") for t in batch])
+            self.sheet.row(way=f"ours, {drafts} drafts", rows=1, of_bandwidth_limit=self._of_limit(found), round_ms=times[drafts], **found)
+        if len(times) > 1 and self.budget.fits("time: speculative", 40):
+            choice = LengthChoice.of(times, self.sheet.content["agreement"])
+            with self.budget.part("time: speculative, chosen by round"):
+                found = self.timed(run, self.prompts, choice)
+                found["synchronisations"] = synchronisations(run, self.prompts[0], self.args.new // 2, self.args.new, choice)
+                found["against_plain"] = self.same_text(flat, self.plain_texts, [t for batch in found.pop("written") for t in batch])
+            self.sheet.row(way="ours, length by round", rows=1, of_bandwidth_limit=self._of_limit(found), round_times_ms=times, **found)
+
+    def _of_limit(self, found: dict[str, Any]) -> float:
+        return float(found["tokens_per_s"] / self.sheet.content["bandwidth_limit_tokens_per_s"])
 
     def transformers(self) -> None:
         options: dict[str, dict[str, Any]] = {
@@ -234,52 +256,32 @@ class Bench:
             self.sheet.row(way=f"transformers, {way}", rows=1, new_tokens=self.args.peer_new, prompts=len(prompts), **found)
 
     def batch(self) -> None:
-        """Verify mode beside plain, fixed lengths and the planner's choice among them. The planner sees measured rounds and agreement."""
-        whole = [[*p[0], *t] for p, t in self._own_texts()]
-        seen = agreement(self.lm, whole, starts=[len(p[0]) for p in self.prompts])
+        """Verified drafts beside plain decoding: fixed lengths, and the length chosen before each round, plain among them."""
         for rows in (r for r in self.args.rows if r > 1):
             self.forget()
-            prompts = self.many[:rows]
-            run = self.run(rows, 0)
-            if run is None:
+            prompts, plain = self.many[:rows], self.run(rows, [0])
+            if not self.ready(plain, 0):
                 continue
-            with self.budget.part(f"time: plain {rows}"):
-                base = self.timed(run, [prompts])
+            with self.budget.part(f"time: plain, {rows} rows"):
+                base = self.timed(plain, [prompts], fixed(0))
+                base["round_ms"] = round_ms(plain, prompts, 0)
             texts = base.pop("written")[0]
-            self.sheet.row(way="ours, plain", rows=rows, drafts=0, **base)
-            known: dict[int, float] = {}
-            speeds: dict[int, float] = {0: base["tokens_per_s"]}
-            for drafts in self.args.batch_drafts:
-                run = self.run(rows, drafts)
-                if run is None or not self.budget.fits(f"time: verify {rows}", 30):
+            self.sheet.row(way="ours, plain", rows=rows, **base)
+            run, times = self.run(rows, sorted({0, *self.args.batch_drafts})), {}
+            for drafts in (*self.args.batch_drafts, 0):
+                if self.ready(run, drafts):
+                    times[drafts] = round_ms(run, prompts, drafts)
+            ways = {f"ours, {k} drafts": fixed(k) for k in times if k}
+            if len(times) > 1:
+                ways["ours, length by round"] = LengthChoice.of(times, self.sheet.content["agreement"])
+            for way, choice in ways.items():
+                if not self.budget.fits(f"time: verify, {rows} rows", 30):
                     continue
-                with self.budget.part(f"time: verify {rows}, {drafts}"):
-                    found = self.timed(run, [prompts])
+                with self.budget.part(f"time: verify, {rows} rows, {way}"):
+                    found = self.timed(run, [prompts], choice)
                     found["against_plain"] = self.same_text(prompts, texts, found.pop("written")[0])
-                known[drafts], speeds[drafts] = found["round_ms"], found["tokens_per_s"]
-                self.sheet.row(
-                    way=f"ours, {drafts} drafts", rows=rows, drafts=drafts, over_plain=speeds[drafts] / speeds[0], **found
-                )  # fmt: skip
-            if known:
-                self._planned(rows, base["round_ms"], known, Acceptance.of_runs(seen.by_text(0), max(known)), speeds)
-
-    def _own_texts(self) -> list[tuple[list[list[int]], list[int]]]:
-        """Every prompt with what the model writes after it."""
-        flat = [p[0] for p in self.prompts]
-        found = generate(self.lm, flat, Plain(), max_new_tokens=min(self.args.new, 128), eos_token_id=[]).tokens
-        return list(zip(self.prompts, found, strict=True))
-
-    def _planned(self, rows: int, full: float, known: dict[int, float], acceptance: Acceptance, speeds: dict[int, float]) -> None:
-        """The planner's choice among the lengths that were captured; with none it is plain decoding itself."""
-        times = Times(full, (candidate(0, self.args.exit, "shared", full, known),), rows, self.args.prompt, str(self.device))
-        plan = choose(times, [acceptance], margin=self.args.margin)
-        best = next((p for p in plan.predictions if p.draft_length in known), None)
-        chosen = best.draft_length if best is not None and best.speedup > 1 + self.args.margin else 0
-        self.sheet.row(
-            way="ours, planner", rows=rows, drafts=chosen, tokens_per_s=speeds[chosen], over_plain=speeds[chosen] / speeds[0],
-            predicted=best.speedup if chosen and best is not None else 1.0, margin=self.args.margin,
-            predictions={p.draft_length: p.speedup for p in plan.predictions},
-        )  # fmt: skip
+                over = found["tokens_per_s"] / base["tokens_per_s"]
+                self.sheet.row(way=way, rows=rows, over_plain=over, round_times_ms=times, **found)
 
     def long(self) -> None:
         """One long prompt: plain, then verified decoding with the first draft length, each by itself in memory."""
@@ -290,19 +292,19 @@ class Bench:
             self.forget()
             if self.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-            run = self.run(1, drafts, length + new + 1)
-            if run is None:
+            run = self.run(1, [drafts], length + new + 1)
+            if not self.ready(run, drafts):
                 continue
             with self.budget.part(f"time: long {drafts}"):
                 found = rate(partial(run.generate, prompt), new, max(1, self.args.repeats // 2), self.device)
                 peak = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else None
                 last = run.generate(prompt, new)
                 written = written if written is not None else last.tokens
-                found |= {"round_ms": round_ms(run, prompt), "peak_bytes": peak, "cache_bytes": run.state.cache.bytes}
+                found |= {"round_ms": round_ms(run, prompt, drafts), "peak_bytes": peak, "cache_bytes": run.state.cache.bytes}
                 found["prefill_s"] = seconds(lambda run=run: run.generate(prompt, 1), self.device)[0]
             name = f"ours, {drafts} drafts, long prompt" if drafts else "ours, plain, long prompt"
             self.sheet.row(
-                way=name, rows=1, drafts=drafts, prompt_tokens=length, equal_to_plain=last.tokens == written,
+                way=name, rows=1, prompt_tokens=length, equal_to_plain=last.tokens == written,
                 acceptance=last.acceptance if drafts else None, **found,
             )  # fmt: skip
 
@@ -317,7 +319,6 @@ def main() -> None:
     parser.add_argument("--drafts", type=numbers, default=[5, 7, 3], help="draft lengths at one row, the most telling first")
     parser.add_argument("--rows", type=numbers, default=[1, 8, 32])
     parser.add_argument("--batch-drafts", type=numbers, default=[3], help="draft lengths at more rows")
-    parser.add_argument("--margin", type=float, default=0.1, help="gain that the planner asks for before it speculates")
     parser.add_argument("--prompts", type=int, default=8, help="texts at one row")
     parser.add_argument("--prompt", type=int, default=64, help="tokens of a prompt")
     parser.add_argument("--long", type=int, default=8192, help="tokens of the long prompt")

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from lm_common import (
     candidate,
     compare_texts,
     exits_in,
+    fixed,
     grouped,
     in_turn,
     load_model,
@@ -41,7 +43,8 @@ from lm_common import (
 )
 
 from offramp.engines.agreement import Acceptance, agreement
-from offramp.engines.planner import SpeculationPlan, Times, choose
+from offramp.engines.draft_lengths import LengthChoice
+from offramp.engines.planner import Prediction, SpeculationPlan, Times, choose, even_acceptance
 from offramp.engines.round_times import Candidate
 from offramp.engines.rounds import Rounds
 from offramp.measure.clock import environment, median_interval
@@ -73,7 +76,9 @@ class Measuring:
         most = args.context - args.new
         self.prompts = spec_bench(Path(args.data) / "prompts" / "spec_bench.jsonl.xz", lambda t: encode(t).ids, most, args.each)
         self.slots = args.context + 1
-        self.runs: dict[tuple[str, int], Rounds] = {}
+        self.runs: dict[tuple[str, tuple[int, ...]], Rounds] = {}
+        self.captured: set[tuple[int, int]] = set()
+        self.times: dict[str, dict[int, float]] = {}
         trained = json.loads((self.folder / "training.json").read_text())
         self.sheet = Sheet(
             args.out,
@@ -90,18 +95,21 @@ class Measuring:
         self.plan: SpeculationPlan | None = None
         self.by_group: dict[str, dict[str, Acceptance]] = {}
 
-    def run(self, name: str, drafts: int) -> Rounds | None:
-        """A captured decoder at one row, if there is time to make one; of plain decoding whatever the name."""
-        key = (name if drafts else "", drafts)
+    def run(self, name: str, lengths: Sequence[int]) -> Rounds:
+        """A decoder at one row for these draft lengths, nothing captured yet."""
+        key = (name, tuple(lengths))
         if key not in self.runs:
-            part = f"capture: {name if drafts else 'plain'}, {drafts} drafts"
-            if not self.budget.fits(part, self.args.capture_guess):
-                return None
-            with self.budget.part(part):
-                made = Rounds(self.lms[name], 1, slots=self.slots, draft_length=drafts, compiled=self.compiled)
-                made.graph()
-            self.runs[key] = made
+            self.runs[key] = Rounds(self.lms[name], 1, slots=self.slots, draft_length=lengths, compiled=self.compiled)
         return self.runs[key]
+
+    def ready(self, run: Rounds, drafts: int, what: str) -> bool:
+        """Whether a round of so many drafts is captured, or could be in the time that is left."""
+        key, name = (id(run), drafts), f"capture: {what}, {drafts} drafts"
+        if key not in self.captured and self.budget.fits(name, self.args.capture_guess):
+            with self.budget.part(name):
+                run.graph(drafts)
+            self.captured.add(key)
+        return key in self.captured
 
     def _calibration(self, plain: Rounds) -> dict[str, tuple[list[list[int]], list[int]]]:
         """Texts that the model wrote after the first prompts of each group, and how much of each is prompt."""
@@ -112,10 +120,25 @@ class Measuring:
             found[group] = (texts, [len(p) for p in chosen])
         return found
 
+    @property
+    def lengths(self) -> list[int]:
+        """Draft lengths that are captured, none among them."""
+        return sorted({0, *self.args.drafts})
+
+    @property
+    def best(self) -> Prediction:
+        """The planner's choice among lengths that were captured; where it would not speculate, the least bad."""
+        assert self.plan is not None
+        return next(p for p in self.plan.predictions if p.draft_length in self.times[p.head])
+
+    @property
+    def plain(self) -> Rounds:
+        return self.run(next(iter(self.lms)), [0])
+
     def choose(self) -> None:
         """The planner's choice among exits that counting blocks does not rule out, from measured rounds and agreement on own texts."""
-        plain = self.run(next(iter(self.lms)), 0)
-        if plain is None:
+        plain = self.plain
+        if not self.ready(plain, 0, "plain"):
             raise SystemExit("There is no time for plain decoding; give --minutes.")
         most = max(self.args.drafts)
         with self.budget.part("calibration texts"):
@@ -136,14 +159,14 @@ class Measuring:
         ranked = list(dict.fromkeys(f"{p.head}" for p in first.predictions))[: self.args.candidates]
         print(f"agreement {share}; by counting blocks: {ranked}", flush=True)
         middle = [sorted((p.tokens for p in self.prompts), key=len)[len(self.prompts) // 2]]
-        full = round_ms(plain, middle)
+        full = round_ms(plain, middle, 0)
         measured: list[Candidate] = []
         for name in ranked:
-            known = {}
-            for drafts in self.args.drafts:
-                if (made := self.run(name, drafts)) is not None:
-                    known[drafts] = round_ms(made, middle)
-            if known:
+            run = self.run(name, self.lengths)
+            ready = [k for k in self.lengths if self.ready(run, k, name)]
+            self.times[name] = {k: round_ms(run, middle, k) for k in ready}
+            if any(ready):
+                known = {k: t for k, t in self.times[name].items() if k}
                 measured.append(candidate(0, self.lms[name].exits[0], name, full, known))
         if not measured:
             raise SystemExit("There was no time to measure a round with drafts; give --minutes.")
@@ -165,77 +188,82 @@ class Measuring:
         if self.plan is None:
             self.choose()
         assert self.plan is not None
-        best = self.plan.chosen or self.plan.predictions[0]
-        plain, fast = self.run(best.head, 0), self.run(best.head, best.draft_length)
-        if plain is None or fast is None:
-            raise SystemExit("There is no time left to capture what the planner chose; give --minutes.")
-        new, found = self.args.new, []
+        best, plain, new, found = self.best, self.plain, self.args.new, []
+        fast = self.run(best.head, self.lengths)
+        start = even_acceptance(best.tokens_per_round, best.draft_length)
+        calls = {
+            "plain": (plain, fixed(0)),
+            "verified": (fast, fixed(best.draft_length)),
+            "by_round": (fast, LengthChoice.of(self.times[best.head], start)),
+        }
         turns = in_turn(self.prompts)
         for p in turns[:2]:
-            for run in (plain, fast):
-                run.generate([p.tokens], new)
+            for run, choice in calls.values():
+                run.generate([p.tokens], new, choice=choice)
         with self.budget.part("groups"):
             for count, p in enumerate(turns):
                 if self.budget.left < 5 + 60 * self.args.reserve:
                     self.budget.skipped.append(f"groups: {len(turns) - count} of {len(turns)} prompts")
                     break
-                found.append(self._both(p, plain, fast, new, count % 2 == 1))
-        differ = [f for f in found if f["plain"] != f["verified"]]
+                found.append(self._each(p, calls, new, count))
+        differ = [(f, way) for f in found for way in ("verified", "by_round") if f["plain"] != f[way]]
         with self.budget.part("divergences"):
             prompts = {(p.group, p.number): p.tokens for p in self.prompts}
             checked = compare_texts(
-                self.model, self.exact, [prompts[f["group"], f["number"]] for f in differ], [f["plain"] for f in differ],
-                [f["verified"] for f in differ],
+                self.model, self.exact, [prompts[f["group"], f["number"]] for f, _ in differ], [f["plain"] for f, _ in differ],
+                [f[way] for f, way in differ],
             )  # fmt: skip
+        names = [{"group": f["group"], "number": f["number"], "way": way} for f, way in differ]
         self.sheet.content["divergences"] = {
-            "texts": len(found), "equal": len(found) - len(differ), "not_near_ties": checked["not_near_ties"],
-            "each": [{**d, "group": differ[d["text"]]["group"], "number": differ[d["text"]]["number"]} for d in checked["divergences"]],
+            "texts": 2 * len(found), "equal": 2 * len(found) - len(differ), "not_near_ties": checked["not_near_ties"],
+            "each": [{**d, **names[d["text"]]} for d in checked["divergences"]],
         }  # fmt: skip
         self.sheet.content["chosen"] = {"exit": best.depth, "head": best.head, "draft_length": best.draft_length}
         self.sheet.content["planner_speculates"] = self.plan.chosen is not None
         for group, each in {"all": found, **{g: [f for f in found if f["group"] == g] for g in grouped(self.prompts)}}.items():
-            if each:
-                self.sheet.row(group=group, way="verified", rows=1, **self._summary(group, each, best.head, best.draft_length))
+            for way in ("verified", "by_round") if each else ():
+                self.sheet.row(group=group, way=way, rows=1, **self._summary(group, each, best, way))
+        self.sheet.content["samples"] = [{k: v for k, v in f.items() if k not in calls} for f in found]
 
-    def _both(self, p: Prompt, plain: Rounds, fast: Rounds, new: int, backwards: bool) -> dict[str, Any]:
+    def _each(self, p: Prompt, calls: Mapping[str, tuple[Rounds, LengthChoice]], new: int, turn: int) -> dict[str, Any]:
+        """One prompt in every way, whole and its first token alone; every second one in reverse order."""
         taken: dict[str, Any] = {"group": p.group, "number": p.number, "prompt_tokens": len(p.tokens), "cut": p.cut}
-        calls = [("plain", plain, new), ("verified", fast, new), ("plain_prompt", plain, 1), ("verified_prompt", fast, 1)]
-        for name, run, count in reversed(calls) if backwards else calls:
-            taken[f"{name}_s"], answer = seconds(lambda run=run, count=count: run.generate([p.tokens], count), self.device)
+        order = [(name, count) for count in (new, 1) for name in calls]
+        for name, count in reversed(order) if turn % 2 else order:
+            run, choice = calls[name]
+            call = partial(run.generate, [p.tokens], count, choice=choice)
+            taken[f"{name}_s" if count == new else f"{name}_prompt_s"], answer = seconds(call, self.device)
             if count == new:
                 taken[name] = answer.tokens[0]
-            if name == "verified":
-                taken |= {"drafted": sum(answer.drafted), "accepted": sum(answer.accepted)}
+                taken |= {f"{name}_drafted": sum(answer.drafted), f"{name}_accepted": sum(answer.accepted)}
         return taken
 
-    def _summary(self, group: str, each: Sequence[dict[str, Any]], head: str, drafts: int) -> dict[str, Any]:
+    def _summary(self, group: str, each: Sequence[dict[str, Any]], best: Prediction, way: str) -> dict[str, Any]:
         """Speeds of a group, prompts apart and with them; the prediction is held against prompts that it was not made from."""
         assert self.plan is not None
         firsts = {(p.group, p.number) for g in grouped(self.prompts).values() for p in g[: self.args.calibrate]}
         fresh = [f for f in each if (f["group"], f["number"]) not in firsts] or list(each)
-        acceptance = self.by_group[head].get(group)
-        chosen = next(p for p in self.plan.predictions if p.head == head and p.draft_length == drafts)
-        predicted = chosen.speedup if acceptance is None else acceptance.tokens[drafts] * self.plan.times.full / chosen.round_time
-        ratios = [decode(f, "plain") / decode(f, "verified") for f in each]
-        median = median_interval(ratios)
-        measured = sum(decode(f, "plain") for f in fresh) / sum(decode(f, "verified") for f in fresh)
+        times = {w: sum(decoding_s(f, w) for f in each) for w in ("plain", way)}
+        median = median_interval([decoding_s(f, "plain") / decoding_s(f, way) for f in each])
         written = sum(len(f["plain"]) - 1 for f in each)
-        kept, tried = sum(f["accepted"] for f in each), sum(f["drafted"] for f in each)
-        return {
-            "prompts": len(each), "tokens_per_s": written / sum(decode(f, "verified") for f in each),
-            "plain_tokens_per_s": written / sum(decode(f, "plain") for f in each),
-            "speedup": sum(decode(f, "plain") for f in each) / sum(decode(f, "verified") for f in each),
-            "speedup_with_prompts": sum(f["plain_s"] for f in each) / sum(f["verified_s"] for f in each),
-            "speedup_median": [median.value, median.low, median.high, median.level], "acceptance": kept / max(1, tried),
-            "tokens_per_round": tokens_per_round([len(f["verified"]) for f in each], kept), "predicted": predicted,
-            "speedup_fresh": measured, "predicted_over_measured": predicted / measured,
-            "samples": [{k: v for k, v in f.items() if k not in ("plain", "verified")} for f in each] if group == "all" else None,
+        kept, tried = sum(f[f"{way}_accepted"] for f in each), sum(f[f"{way}_drafted"] for f in each)
+        out = {
+            "prompts": len(each), "tokens_per_s": written / times[way], "plain_tokens_per_s": written / times["plain"],
+            "speedup": times["plain"] / times[way], "speedup_median": [median.value, median.low, median.high, median.level],
+            "speedup_with_prompts": sum(f["plain_s"] for f in each) / sum(f[f"{way}_s"] for f in each),
+            "acceptance": kept / max(1, tried), "tokens_per_round": tokens_per_round([len(f[way]) for f in each], kept),
         }  # fmt: skip
+        if way == "verified":
+            expected = self.by_group[best.head].get(group)
+            tokens = best.tokens_per_round if expected is None else expected.tokens[best.draft_length]
+            predicted = tokens * self.plan.times.full / best.round_time
+            measured = sum(decoding_s(f, "plain") for f in fresh) / sum(decoding_s(f, way) for f in fresh)
+            out |= {"predicted": predicted, "speedup_fresh": measured, "predicted_over_measured": predicted / measured}
+        return out
 
     def float32(self) -> None:
         """The same exits in float32: texts must be equal token for token."""
-        best = self.plan and (self.plan.chosen or self.plan.predictions[0])
-        name, drafts = (best.head, best.draft_length) if best else (next(iter(self.lms)), max(self.args.drafts))
+        name, drafts = (self.best.head, self.best.draft_length) if self.plan else (next(iter(self.lms)), max(self.args.drafts))
         lm = over(self.lms[name], self.exact)
         prompts = [p.tokens for p in in_turn(self.prompts)][: self.args.exact_prompts]
         texts = []
@@ -252,7 +280,7 @@ class Measuring:
         self.sheet.row(way="float32", group="all", rows=1, new_tokens=self.args.exact_new, head=name, draft_length=drafts, **found)
 
 
-def decode(sample: dict[str, Any], way: str) -> float:
+def decoding_s(sample: dict[str, Any], way: str) -> float:
     """Seconds of a text after its first token."""
     return max(1e-9, float(sample[f"{way}_s"] - sample[f"{way}_prompt_s"]))
 
@@ -271,7 +299,7 @@ def main() -> None:
     parser.add_argument("--each", type=int, default=80, help="prompts of a group")
     parser.add_argument("--calibrate", type=int, default=8, help="prompts of a group that the planner sees")
     parser.add_argument("--candidates", type=int, default=2, help="exits whose rounds are measured")
-    parser.add_argument("--drafts", type=numbers, default=[3, 6], help="draft lengths that are measured; those between lie on the line")
+    parser.add_argument("--drafts", type=numbers, default=[2, 4, 6], help="draft lengths that are captured")
     parser.add_argument("--capture-guess", type=float, default=50)
     parser.add_argument("--exact-prompts", type=int, default=200)
     parser.add_argument("--exact-new", type=int, default=64)

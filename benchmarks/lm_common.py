@@ -25,6 +25,7 @@ from torch import nn
 
 from offramp.core.bundle import write_json
 from offramp.engines.capture import Tuning
+from offramp.engines.draft_lengths import LengthChoice
 from offramp.engines.round_times import Candidate
 from offramp.engines.rounds import Rounds
 from offramp.language import LanguageModel, attach_lm, load_lm
@@ -315,11 +316,16 @@ def rate(write: Callable[[int], Any], new: int, repeats: int, device: torch.devi
     }  # fmt: skip
 
 
-def round_ms(run: Rounds, prompts: Sequence[Sequence[int]], repeats: int = 30) -> float:
-    """Median time of a whole captured round at these prompts' ends: what the planner takes for its choice."""
-    run.generate(prompts, 1)  # texts in place and finished: a round runs in full and changes nothing
+def fixed(drafts: int) -> LengthChoice:
+    """Every round with so many drafts."""
+    return LengthChoice((drafts,), (1.0,))
+
+
+def round_ms(run: Rounds, prompts: Sequence[Sequence[int]], drafts: int, repeats: int = 30) -> float:
+    """Median time of a whole captured round behind these prompts: what the planner takes for its choice."""
+    run.generate(prompts, 1, choice=fixed(drafts))  # texts in place and finished: a round runs in full and changes nothing
     with torch.inference_mode():
-        return clock.measure(run.graph().replay, warmup=5, repeats=repeats, device=run.device).median_ms
+        return clock.measure(run.graph(drafts).replay, warmup=5, repeats=repeats, device=run.device).median_ms
 
 
 def candidate(exit_index: int, depth: int, head: str, full: float, known: dict[int, float]) -> Candidate:
@@ -346,7 +352,7 @@ def tokens_per_round(lengths: Sequence[int], accepted: int) -> float:
     return written / max(1, written - accepted)
 
 
-def synchronisations(run: Rounds, prompts: Sequence[Sequence[int]], short: int, long: int) -> dict[str, Any]:
+def synchronisations(run: Rounds, prompts: Sequence[Sequence[int]], short: int, long: int, choice: LengthChoice) -> dict[str, Any]:
     """How often the host waits for the device in a round, counted: a longer text less a shorter one, over their difference in rounds.
 
     Two kinds are counted. Calls that PyTorch itself knows to synchronise (``torch.cuda.set_sync_debug_mode``): reading a value,
@@ -361,7 +367,7 @@ def synchronisations(run: Rounds, prompts: Sequence[Sequence[int]], short: int, 
             if run.device.type == "cuda":
                 torch.cuda.set_sync_debug_mode("warn")
             try:
-                rounds = run.generate(prompts, new).deep_passes
+                rounds = run.generate(prompts, new, choice=choice).deep_passes
             finally:
                 if run.device.type == "cuda":
                     torch.cuda.set_sync_debug_mode("default")
