@@ -208,9 +208,9 @@ def train(net: FeatureNet, images: Tensor, labels: Tensor, steps: int, batch: in
         optimizer.step()
         schedule.step()
         if say and (step + 1) % max(1, steps // 8) == 0:
-            print(f"step {step + 1:5d} of {steps}: loss {float(loss):.3f}", flush=True)
+            print(f"step {step + 1:5d} of {steps}: loss {float(loss.detach()):.3f}", flush=True)
     net.to(memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
-    return float(loss)
+    return float(loss.detach())
 
 
 @torch.no_grad()
