@@ -149,6 +149,7 @@ class Accept:
         threshold: least score: one for all exits that are used, or one for each; or `Decaying`, or `Adapting`. ``inf`` = none leaves.
             One that adapts is each row's own while a text is written; what it learned in all is given back.
         rule: scores an exit's answer, higher = surer. Rules that remember earlier exits start anew at every token.
+            They read the exit's own logits, before a temperature or a repetition penalty.
         fill: how keys and values behind the exit come to be.
         exits: which exits are used, by number, ascending; ``None`` = all.
     """
