@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from offramp.backbones.kv import KVCache
 from offramp.core.bundle import check_base, fingerprint, load_bundle, save_bundle
 from offramp.core.errors import ArtifactError, InvalidInput
 from offramp.core.parts import part_from_dict, part_to_dict
+from offramp.core.system import System
 from offramp.exits.cached import Adapter, Block
 from offramp.exits.lm import Ending, LMHead, LMHeadSpec, OwnNorm, OwnOutput, Shared, Trimmed
 
@@ -108,22 +110,38 @@ class LanguageModel(nn.Module):
         save_bundle(folder, _STEM, _KIND, content, self.heads.state_dict())
 
 
-def attach_lm(model: nn.Module, exits: Sequence[int], head: LMHeadSpec | Sequence[LMHeadSpec] | None = None) -> LanguageModel:
+def attach_lm(
+    model: nn.Module,
+    exits: Sequence[int] | None = None,
+    head: LMHeadSpec | Sequence[LMHeadSpec] | None = None,
+    *,
+    system: System | None = None,
+) -> LanguageModel:
     """Put exits on a causal language model.
 
     Args:
         model: of transformers' AutoModelForCausalLM.
-        exits: after how many blocks to read, ascending, each from 1 to the number of blocks less one.
-        head: what each exit is, one for all or one each; `Shared` by default.
+        exits: after how many blocks to read, ascending, each from 1 to the number of blocks less one. By default where ``system`` puts
+            them; a system that has none (a schedule of depths) gives a model without exits.
+        head: what each exit is, one for all or one each; by default what ``system`` says, else `Shared`.
+        system: a published method; gives the defaults of ``exits`` and ``head``.
 
     Raises:
         UnsupportedModel: the model cannot be decoded block by block; says why.
-        InvalidInput: an exit is out of range, or a head is not one.
+        InvalidInput: an exit is out of range, a head is not one, or neither exits nor a system of language models were given.
     """
+    if system is not None and system.card.engine != "generate":
+        raise InvalidInput(f"{system.card.name} is a method of the {system.card.engine} engine; offramp.attach takes it, with an example.")
+    if exits is None and system is None:
+        raise InvalidInput("Say where the exits go: exits=[4], after how many blocks, or a system that knows.")
     found = decoder(model)
     blocks = len(found)
-    if not exits or list(exits) != sorted(set(exits)) or not all(0 < e < blocks for e in exits):
+    if exits is None:
+        exits = _placed(system, blocks)
+    elif not exits or list(exits) != sorted(set(exits)) or not all(0 < e < blocks for e in exits):
         raise InvalidInput(f"exits must be ascending numbers of blocks from 1 to {blocks - 1}, got {list(exits)}.")
+    if head is None and system is not None:
+        head = system.head
     given = head if head is not None else Shared()
     specs = list(given) if isinstance(given, Sequence) else [given] * len(exits)
     if len(specs) != len(exits):
@@ -131,6 +149,11 @@ def attach_lm(model: nn.Module, exits: Sequence[int], head: LMHeadSpec | Sequenc
     for spec in specs:
         if isinstance(spec, type) or not isinstance(spec, LMHeadSpec):
             raise InvalidInput(f"A head is a part such as Shared() or Adapter(), got {spec!r}.")
+    return _attached(found, exits, specs)
+
+
+def _attached(found: Decoder, exits: Sequence[int], specs: Sequence[LMHeadSpec]) -> LanguageModel:
+    blocks = len(found)
 
     def like(number: int, fresh: bool) -> nn.Module:
         if not -blocks <= number < blocks:
@@ -150,6 +173,22 @@ def attach_lm(model: nn.Module, exits: Sequence[int], head: LMHeadSpec | Sequenc
     )
     heads = [spec.build(ending).to(device=found.device, dtype=found.dtype) for spec in specs]
     return LanguageModel(found, exits, heads, specs)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """A block as placements see it: blocks of a language model cost alike."""
+
+    path: str
+    spent: float
+
+
+def _placed(system: System | None, blocks: int) -> list[int]:
+    """After how many blocks a system has its exits."""
+    if system is None or system.placement is None:
+        return []
+    chosen = system.placement.choose([_Block(str(k), k / blocks) for k in range(1, blocks + 1)])
+    return sorted(int(path) for path in chosen)
 
 
 def load_lm(model: nn.Module, folder: str | os.PathLike[str]) -> LanguageModel:
@@ -172,7 +211,7 @@ def load_lm(model: nn.Module, folder: str | os.PathLike[str]) -> LanguageModel:
     except (KeyError, TypeError, ValueError) as error:
         raise ArtifactError(f"The exits in {folder} lack or garble a field: {error}.") from error
     check_base(model, content.get("base"), expected, folder)
-    made = attach_lm(model, exits, specs)
+    made = attach_lm(model, exits, specs) if exits else _attached(decoder(model), (), ())
     try:
         made.heads.load_state_dict(tensors)
     except RuntimeError as error:

@@ -317,6 +317,8 @@ def attach(
     """
     if not isinstance(model, nn.Module):
         raise InvalidInput(f"attach takes a torch.nn.Module; got {type(model).__name__}.")
+    if system is not None and system.card.engine == "generate":
+        raise InvalidInput(f"{system.card.name} is of models that write text: offramp.language.attach_lm(model, system=...) takes it.")
     shaped = as_example(example)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)

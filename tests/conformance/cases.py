@@ -1,4 +1,8 @@
-"""One row per system: a tiny backbone, inputs for it and arguments of the builder. Nothing else is needed to test a system."""
+"""One row per system: a tiny backbone, inputs for it and arguments of the builder. Nothing else is needed to test a system.
+
+Rows of language models have prompts as inputs, and Llamas of eight blocks with random weights: drafts are bad, which losslessness must not
+mind.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,8 @@ class Case:
     Attributes:
         system: name of the system.
         model: makes the backbone, the same each time.
-        inputs: ``(rows, seed) -> inputs`` as the model takes them: a tensor, or a mapping of keyword inputs.
+        inputs: ``(rows, seed) -> inputs`` as the model takes them: a tensor, or a mapping of keyword inputs; for language models prompts of
+            different lengths, lists of token ids.
         classes: width of the answer.
         kwargs: arguments of the system's builder.
     """
@@ -57,9 +62,48 @@ def texts(rows: int, seed: int) -> Any:
     return {"input_ids": ids * mask, "attention_mask": mask}
 
 
+BLOCKS, VOCABULARY = 8, 41
+
+
+def llama() -> nn.Module:
+    """Causal language model of eight blocks, its weights stirred so that exits and the model do not agree by chance alone."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=32, num_hidden_layers=BLOCKS, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=128, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def prompts(rows: int, seed: int) -> Any:
+    """Lists of 3 to 12 token ids."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(3, 13, (rows,), generator=generator).tolist()
+    return [torch.randint(0, VOCABULARY, (n,), generator=generator).tolist() for n in lengths]
+
+
+def _text(system: str, **kwargs: Any) -> Case:
+    return Case(system, llama, prompts, VOCABULARY, kwargs)
+
+
 CASES: tuple[Case, ...] = (
     Case("branchynet", conv, images),
+    _text("calm", threshold=0.1),
+    _text("ee-llm", threshold=0.1),
     Case("eero", conv, images),
+    _text("eesd"),
+    _text("free", blocks=BLOCKS, exit_after=2),
+    _text("kangaroo"),
+    _text("layerskip", blocks=BLOCKS, exit_after=2),
     Case("msdnet-budget", conv, images),
     Case("pabee", encoder, texts, kwargs={"patience": 2}),
+    _text("self-supervised-early-exits"),
+    _text("skipdecode", blocks=BLOCKS, length=24),
+    _text("sorted-llama"),
 )

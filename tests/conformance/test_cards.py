@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from offramp import systems
-from offramp.cli.reproduce import load_settings, variants
+from offramp.cli import reproduce, reproduce_text
 from offramp.core.parts import part_to_dict
 from offramp.core.system import Card, System
 from offramp.network import attach
@@ -22,7 +22,12 @@ from cases import CASES, Case
 
 NAMES = systems.list_systems()
 CONFIGS = Path(__file__).resolve().parents[2] / "benchmarks" / "configs"
-METRICS = {"accuracy", "drop", "gain_over_fixed", "gain_over_random", "gain_over_static", "excess"}
+CLASSIFY, GENERATE = ([n for n in NAMES if systems.load_card(n).engine == engine] for engine in ("classify", "generate"))
+METRICS = {
+    "classify": {"accuracy", "drop", "gain_over_fixed", "gain_over_random", "gain_over_static", "excess"},
+    "generate": {"agreement", "perplexity_ratio", "acceptance", "tokens_per_round", "blocks_share", "speedup", "gain_over_fixed",
+                 "gain_over_static", "excess"},
+}  # fmt: skip
 AXIS_OF = {
     "rule": "rule",
     "score": "rule",
@@ -32,6 +37,7 @@ AXIS_OF = {
     "calibrate": "calibrator",
     "fill": "fill",
     "draft": "draft",
+    "threshold": "threshold",
 }
 """What cards call an axis, and the field of a system it is."""
 
@@ -55,7 +61,7 @@ def test_card(name: str) -> None:
     assert card.arxiv == "" or re.fullmatch(r"\d{4}\.\d{4,5}", card.arxiv)
     assert card.delta_from == "" or card.delta_from in NAMES
     assert bool(card.delta_from) == bool(card.delta)
-    assert card.predicate is not None and card.predicate.metric in METRICS
+    assert card.predicate is not None and card.predicate.metric in METRICS[card.engine]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -89,7 +95,7 @@ def test_imports(name: str) -> None:
         target = node.module if isinstance(node, ast.ImportFrom) else None
         imported = [a.name for a in node.names] if isinstance(node, ast.Import) else [target] if target else []
         for module in imported:
-            assert not re.match(r"offramp\.(engines|backbones|systems|cli|serve|network)", str(module)), module
+            assert not re.match(r"offramp\.(engines|backbones|systems|cli|serve|network|language)", str(module)), module
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -112,19 +118,33 @@ def test_named_delta_is_the_computed_one(name: str) -> None:
     assert {AXIS_OF[axis] for axis in card.delta or {}} == computed
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CLASSIFY)
 def test_reproduction(name: str) -> None:
     path = CONFIGS / f"{name}.toml"
-    assert {"digits"} < set(variants(path))
+    assert {"digits"} < set(reproduce.variants(path))
     predicate = systems.load_card(name).predicate
-    for variant in variants(path):
-        settings = load_settings(path, variant)
+    for variant in reproduce.variants(path):
+        settings = reproduce.load_settings(path, variant)
         assert systems.build(name, **settings.system).card.name == name
         assert settings.smaller and len(settings.seeds) >= 3 and len(settings.budgets) >= 5
         assert predicate is not None and (predicate.budget is None or 0 < predicate.budget <= 1)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.system)
+@pytest.mark.parametrize("name", GENERATE)
+def test_reproduction_of_text(name: str) -> None:
+    path = CONFIGS / f"{name}.toml"
+    assert set(reproduce_text.variants(path)) == {"tiny", "books"}
+    for variant in reproduce_text.variants(path):
+        settings = reproduce_text.load_settings(path, variant)
+        built = systems.build(name, **settings.system)
+        assert settings.smaller and len(settings.seeds) >= 3
+        if built.card.lossless:
+            assert systems.way(built) == built.draft
+        for blocks in getattr(getattr(built.fill, "schedule", None), "blocks", None), getattr(built.recipe, "blocks", None):
+            assert blocks is None or blocks == settings.blocks, "the builder's blocks are those of the variant"
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.system in CLASSIFY], ids=lambda c: c.system)
 def test_attaches_to_its_backbone(case: Case) -> None:
     built = systems.build(case.system, **case.kwargs)
     model = case.model()

@@ -128,7 +128,7 @@ def rule_named(text: str | None, system: System | None) -> Rule:
     if text is not None:
         rule: Rule = parse_part(text, policies.PARTS, "rule")
         return rule
-    return system.rule if system is not None else Confidence()
+    return system.rule if system is not None and system.rule is not None else Confidence()
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], justify: Literal["left", "right"] = "right") -> None:

@@ -11,6 +11,7 @@ import typer
 
 from offramp import systems
 from offramp.cli import reproduce as reproducing
+from offramp.cli import reproduce_text
 from offramp.cli.base import (
     METHODS,
     app,
@@ -91,9 +92,15 @@ def _configs(folder: Path | None) -> Path:
 def reproduce(
     name: Annotated[str, typer.Argument(help="Of the system.")],
     variant: Annotated[
-        str, typer.Option(help="A table of benchmarks/configs/NAME.toml: digits runs in a minute; others need --data.")
-    ] = "digits",
-    data: Annotated[str | None, typer.Option(help="Path of the data, for variants that read a path.")] = None,
+        str | None,
+        typer.Option(
+            help="A table of benchmarks/configs/NAME.toml. By default digits, which runs in a minute, or tiny for a language model, which "
+            "takes some and needs --data; so do all others."
+        ),
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Path of the data, for variants that read a path; for a language model a text file or a folder.")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; by default CUDA where there is one.")] = None,
     configs: Annotated[Path | None, typer.Option(help="Folder of the configurations.")] = None,
     results: Annotated[
@@ -106,11 +113,23 @@ def reproduce(
     """
     card = systems.load_card(name)
     folder = _configs(configs)
-    settings = reproducing.load_settings(folder / f"{card.name}.toml", variant)
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    file = folder / f"{card.name}.toml"
     with errors.status(card.name) as status:
-        result = reproducing.reproduce(card.name, settings, variant=variant, data=data, device=where, say=lambda text: status.update(text))
-    _show_result(result)
+        common: dict[str, Any] = {"data": data, "device": where, "say": status.update}
+        if card.engine == "generate":
+            variant = variant or "tiny"
+            texts = reproduce_text.load_settings(file, variant)
+            result = reproduce_text.reproduce(card.name, texts, variant=variant, **common)
+        else:
+            variant = variant or "digits"
+            settings = reproducing.load_settings(file, variant)
+            result = reproducing.reproduce(card.name, settings, variant=variant, **common)
+    if card.engine == "generate":
+        table(_title(result, "mean"), *reproduce_text.table_rows(result))
+        _show_verdict(result)
+    else:
+        _show_result(result)
     path = reproducing.save(result, results or folder.parent / "results")
     console.print(f"Saved {path}.")
 
@@ -123,8 +142,16 @@ def _show_result(result: Mapping[str, Any]) -> None:
     for row in result["summary"]["budgets"]:
         cost = f"{row['cost'][0]:.3f}" if "cost" in row else "infeasible"
         rows.append((f"{row['budget']:g}", cost, *(cell(row.get(k)) for k in ("accuracy", "fixed", "random", "static"))))
-    title = f"{result['system']}, {result['variant']}: accuracy in %, mean ± half of the 95 % interval over {len(result['seeds'])} seeds"
+    title = _title(result, "accuracy in %, mean ± half of the 95 % interval")
     table(title, ("budget", "cost", "this method", "fixed exit or mix", "random exit", "smaller model"), rows)
+    _show_verdict(result)
+
+
+def _title(result: Mapping[str, Any], what: str) -> str:
+    return f"{result['system']}, {result['variant']}: {what} over {len(result['seeds'])} seeds"
+
+
+def _show_verdict(result: Mapping[str, Any]) -> None:
     measured = result["measured"]
     console.print(f"claim     {result['claim']}", highlight=False, markup=False)
     p = result["predicate"]

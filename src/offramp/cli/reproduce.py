@@ -30,6 +30,7 @@ from offramp.core.bundle import write_json
 from offramp.core.certificate import Estimate
 from offramp.core.errors import BudgetInfeasible, InvalidInput
 from offramp.core.flops import count_flops
+from offramp.core.protocols import Rule
 from offramp.core.system import Predicate, System
 from offramp.core.trace import Trace
 from offramp.engines.record import record
@@ -363,6 +364,7 @@ def train_exits(
     """
     train, held_out, test = divide(settings, pool, seed)
     example = train.example()
+    rule = _rule(system)
     if system.recipe is None:
         if full is None:
             raise InvalidInput(f"{system.card.name} trains nothing, so it needs the full model.")
@@ -371,8 +373,14 @@ def train_exits(
         torch.manual_seed(seed)
         net = attach(make_net(settings, pool, device), example=example, system=system)
         _fit(settings, net, train, system.recipe, seed, device)
-    calibration, tested = (record(net, Batches(items, 500), rules=[system.rule, *rules], progress=False) for items in (held_out, test))
+    calibration, tested = (record(net, Batches(items, 500), rules=[rule, *rules], progress=False) for items in (held_out, test))
     return Recorded(calibration, tested, tuple(e.head_flops for e in net.exits), len(train))
+
+
+def _rule(system: System) -> Rule:
+    if system.rule is None:
+        raise InvalidInput(f"{system.card.name} has no rule: nothing leaves at its exits, so there is nothing to record.")
+    return system.rule
 
 
 def measure_seed(system: System, budgets: Sequence[float], seed: int, statics: Sequence[Static], recorded: Recorded) -> dict[str, Any]:
@@ -489,7 +497,7 @@ def _budgets(
     rows: list[dict[str, Any]] = []
     for budget in budgets:
         try:
-            plan = calibrate(calibration, system.rule, MeanCost(budget), method=system.calibrator)
+            plan = calibrate(calibration, _rule(system), MeanCost(budget), method=system.calibrator)
         except BudgetInfeasible as error:
             rows.append({"budget": budget, "infeasible": True, "best": error.best})
             continue

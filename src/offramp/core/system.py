@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from offramp.core.errors import InvalidInput
-from offramp.core.protocols import HeadSpec, Rule
+from offramp.core.protocols import Rule
 
 
 @dataclass(frozen=True)
@@ -16,12 +16,28 @@ class Predicate:
     """A claim as a test on measured numbers, for `offramp reproduce`.
 
     Only budgets below the full model's cost count: at the full cost every method may run every block on every input, which says nothing
-    about leaving early. Where the paper names the cost at which it makes its claim, so does the predicate.
+    about leaving early. Where the paper names the cost at which it makes its claim, so does the predicate. A way of writing text whose
+    text cannot change (a lossless system) counts at any cost: there the cost is what is claimed.
+
+    What classifiers are measured by: ``accuracy``, ``drop`` (accuracy of the full model minus ours), ``gain_over_fixed``,
+    ``gain_over_random``, ``gain_over_static`` (accuracy: ours minus the baseline's at equal cost), ``excess`` (realised minus requested
+    mean cost).
+
+    What ways of writing text are measured by, each at one setting or at several (tolerances, limits, thresholds):
+
+    - ``agreement``: share of the written tokens that the full model would choose after the same text;
+    - ``perplexity_ratio``: perplexity of held-out text as the method reads it, over that of the full model trained as long without exits;
+    - ``acceptance``, ``tokens_per_round``: share of the drafts that are kept; tokens for each pass over all blocks;
+    - ``blocks_share``: blocks run in turn for a token, a pass over several tokens counted once, over those of plain decoding;
+    - ``cost``: the same in weights read, heads and output layers with them: the time where memory bounds it. This is the budget;
+    - ``speedup``: time of plain decoding by the same engine on the same device over ours, of the same model with its exits;
+    - ``gain_over_fixed``: of lossless systems, by how much of its cost the cheapest fixed draft length is dearer than ours; of others,
+      agreement minus that of the best fixed depth, or mix of two, at equal cost;
+    - ``gain_over_static``: agreement minus that of a smaller model trained alone, or mix of two, at equal cost;
+    - ``excess``: disagreement that was measured minus what was asked for.
 
     Attributes:
-        metric: what is compared, by its name in a result: ``accuracy``, ``drop`` (accuracy of the full model minus ours),
-            ``gain_over_fixed``, ``gain_over_random``, ``gain_over_static`` (ours minus the baseline at equal cost) or ``excess``
-            (realised minus requested mean cost).
+        metric: what is compared, by its name above.
         relation: how.
         value: with what.
         over: how several budgets become one number: their mean, the least favourable or the most favourable.
@@ -93,27 +109,53 @@ class Card:
     predicate: Predicate | None = None
 
 
+class Draft(Protocol):
+    """What proposes tokens that the whole model then verifies: `offramp.policies.decoding.Verify`."""
+
+    @property
+    def draft_length(self) -> int:
+        """Most drafts in a round."""
+        ...
+
+    @property
+    def exit_index(self) -> int:
+        """Which exit drafts."""
+        ...
+
+
 @dataclass(frozen=True)
 class System:
     """A composition. Every field is a part; ``None`` means the method does not have one.
 
+    A language-model system drafts (``draft``), or lets tokens leave (``rule``, ``threshold``, ``fill``), or runs a schedule (``fill``);
+    `offramp.systems.way` makes of it the one way of decoding that engines carry out.
+
     Attributes:
         card: what it is.
-        rule: score of each exit.
-        head: head at each early exit; ``None`` keeps the network's own.
-        placement: where the exits go (a part of ``exits``), or ``None`` for the default.
+        rule: score of each exit; ``None`` where nothing is scored, because drafts are verified or a schedule decides.
+        head: head at each early exit, a `HeadSpec` or for language models an `offramp.exits.lm.LMHeadSpec`; ``None`` keeps the network's
+            own.
+        placement: where the exits go (a part of ``exits``), or ``None`` for the default; a language model then has none.
         recipe: how it is trained; ``None`` for post-hoc methods.
-        calibrator: how thresholds are chosen.
+        calibrator: how thresholds are chosen from data. Of a language model, a `offramp.budget.risk_control.Procedure` for the target, or
+            ``(scores [N, K], agreed [N, K]) -> K thresholds``.
         target: the budget the paper uses by default.
+        reduction: what is left out inside a layer.
+        draft: what proposes tokens.
+        fill: what stands in for skipped blocks: of a language model a `offramp.policies.decoding.Fill`, or `Scheduled` where none are
+            missing.
+        threshold: least score to leave with where it is set and not chosen from data: a number, one for each exit, or one that moves
+            (`Decaying`, `Adapting` of ``policies.decoding``). What a calibrator chooses takes the place of a number and of what decays.
     """
 
     card: Card
-    rule: Rule
-    head: HeadSpec | None = None
+    rule: Rule | None = None
+    head: Any = None
     placement: Any = None
     recipe: Any = None
     calibrator: Any = None
     target: Any = None
     reduction: Any = None
-    draft: Any = None
+    draft: Draft | None = None
     fill: Any = None
+    threshold: Any = None

@@ -3,7 +3,7 @@
 from offramp.exits.attention import AttentionHead
 from offramp.exits.conv import ConvLocal, ConvPoolLinear
 from offramp.exits.linear import MLP, PooledLinear
-from offramp.exits.placement import Evenly, EveryBlock, Fractions
+from offramp.exits.placement import AfterBlocks, Evenly, EveryBlock, Fractions
 from offramp.exits.pool import AutoPool, MeanPool, TokenPool
 from offramp.exits.pooled import MixedPool, Pooler, tie
 from offramp.exits.previous import Cascade, GeometricEnsemble
@@ -13,7 +13,7 @@ PARTS: dict[str, type] = {
     for c in (
         *(AutoPool, MeanPool, TokenPool),
         *(PooledLinear, MLP, MixedPool, Pooler, ConvPoolLinear, ConvLocal, AttentionHead, Cascade, GeometricEnsemble),
-        *(Evenly, EveryBlock, Fractions),
+        *(AfterBlocks, Evenly, EveryBlock, Fractions),
     )
 }
 """Every part of this folder by name: what a saved file may name."""

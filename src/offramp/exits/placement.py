@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -56,3 +57,25 @@ class EveryBlock:
         if len(blocks) < 2:
             raise InvalidInput(f"The model has {len(blocks)} block(s); an exit after every block but the last needs two.")
         return [b.path for b in blocks[:-1]]
+
+
+@dataclass(frozen=True)
+class AfterBlocks:
+    """Exits after these shares of the blocks, each inside (0, 1), whatever the blocks cost: language models, whose blocks are alike.
+
+    A share of a block is rounded, and no exit comes before the first block or after the last. ``(1 / 16,)`` is after 2 of 32 blocks and
+    after the first of 8.
+    """
+
+    shares: tuple[float, ...]
+
+    def choose(self, blocks: Sequence[BlockLike]) -> list[str]:
+        if not self.shares or any(not 0 < s < 1 for s in self.shares):
+            raise InvalidInput(f"Shares of the blocks must lie inside (0, 1), got {self.shares}.")
+        if len(blocks) < 2:
+            raise InvalidInput(f"The model has {len(blocks)} block(s); an exit before the last needs two.")
+        return [blocks[after - 1].path for after in self.depths(len(blocks))]
+
+    def depths(self, blocks: int) -> tuple[int, ...]:
+        """After how many of ``blocks`` blocks the exits are, ascending."""
+        return tuple(sorted({min(max(1, math.floor(s * blocks + 0.5)), blocks - 1) for s in self.shares}))

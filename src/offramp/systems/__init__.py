@@ -9,8 +9,9 @@ import dataclasses
 import difflib
 import importlib
 import inspect
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 from offramp.core.errors import InvalidInput
 from offramp.core.parts import part_to_dict
 from offramp.core.system import Card, System
+from offramp.policies.decoding import Accept, Adapting, CatchUp, Copy, Decaying, Recompute, Scheduled, Verify, Way
 
 AXES: dict[str, str] = {
     "rule": "when an input leaves",
@@ -29,6 +31,7 @@ AXES: dict[str, str] = {
     "reduction": "what is left out inside a layer",
     "draft": "what proposes tokens",
     "fill": "what stands in for a skipped segment",
+    "threshold": "the score to leave with",
 }
 """The axes along which systems differ, in the order they are shown."""
 
@@ -84,6 +87,37 @@ def build(name: str, **kwargs: Any) -> System:
             )
     system: System = builder(**kwargs)
     return system
+
+
+def way(system: System, threshold: float | tuple[float, ...] | None = None) -> Way:
+    """How a language-model system writes text, as the one thing that engines carry out.
+
+    Args:
+        system: with a draft, a fill or a schedule.
+        threshold: that calibration chose, one for all exits or one each, ``inf`` = none leaves; takes the place of the system's number, or
+            of what its threshold decays from. Not for systems that draft or run a schedule.
+
+    Raises:
+        InvalidInput: the system is not of a language model, its threshold has to be calibrated and none was given, or one was given that
+            it has no use for.
+    """
+    name, fill = system.card.name, system.fill
+    if isinstance(system.draft, Verify) or isinstance(fill, Scheduled):
+        if threshold is not None:
+            raise InvalidInput(f"{name} leaves at no threshold: its drafts are verified, or a schedule decides. Leave threshold out.")
+        return system.draft if isinstance(system.draft, Verify) else fill
+    if not isinstance(fill, CatchUp | Recompute | Copy) or system.rule is None:
+        raise InvalidInput(f"{name} is a {system.card.engine} system and does not say how text is written; `compile` takes its plan.")
+    least = system.threshold if threshold is None else threshold
+    if isinstance(system.threshold, Decaying) and threshold is not None:
+        if isinstance(threshold, tuple):
+            raise InvalidInput(f"The threshold of {name} decays from one number for all exits, got {threshold}.")
+        least = threshold if math.isinf(threshold) else replace(system.threshold, tau=threshold)
+    elif isinstance(system.threshold, Adapting) and threshold is not None:
+        raise InvalidInput(f"The threshold of {name} follows the text it writes; leave threshold out.")
+    if least is None:
+        raise InvalidInput(f"{name} chooses its thresholds on calibration texts: way(system, threshold=...) takes what was chosen.")
+    return Accept(least, system.rule, fill)
 
 
 def source(name: str) -> Path:
@@ -188,4 +222,4 @@ def _module(name: str) -> ModuleType:
     return importlib.import_module(f"{__name__}.{canonical.replace('-', '_')}")
 
 
-__all__ = ["AXES", "Difference", "build", "cite", "describe", "diff", "list_systems", "load_card", "show", "source"]
+__all__ = ["AXES", "Difference", "build", "cite", "describe", "diff", "list_systems", "load_card", "show", "source", "way"]
