@@ -9,7 +9,14 @@
     run = offramp.compile(net, plan)
     answers = run(batch)
 
-Verbs, the rules and targets most people need, and the engine's modes are here; every other part is in its folder: `offramp.exits`,
+A causal language model takes the same verbs::
+
+    lm = offramp.attach(AutoModelForCausalLM.from_pretrained(path), exits=[4], head="norm")
+    offramp.fit(lm, texts, tokenizer=tokenizer, epochs=1)
+    writer = offramp.compile(lm, offramp.Verify(draft_length=4), tokenizer=tokenizer)
+    written = writer.generate(prompts, max_new_tokens=100)
+
+Verbs, the rules and targets most people need, and the engines' modes are here; every other part is in its folder: `offramp.exits`,
 `offramp.policies`, `offramp.budget`, `offramp.train`, `offramp.engines`, `offramp.measure`, `offramp.systems`.
 """
 
@@ -21,19 +28,22 @@ from offramp.core.trace import Trace
 from offramp.engines.classify import Latency as LatencyMode
 from offramp.engines.classify import Quota as QuotaMode
 from offramp.engines.classify import Throughput as ThroughputMode
-from offramp.engines.classify import compile  # noqa: A004 - the verb, as in torch.compile
+from offramp.engines.draft_export import export_draft
 from offramp.engines.export import export_onnx
 from offramp.engines.record import record
-from offramp.measure.report import report
-from offramp.network import MultiExit, attach, load, load_plan
+from offramp.language import LanguageModel
+from offramp.network import MultiExit, load_plan
 from offramp.policies import Confidence, Entropy, Patience
-from offramp.train import fit
+from offramp.policies.decoding import Accept, Plain, Verify
+from offramp.verbs import attach, compile, fit, load, report  # noqa: A004 - the verb, as in torch.compile
 
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "Accept",
     "Confidence",
     "Entropy",
+    "LanguageModel",
     "Latency",
     "LatencyMode",
     "MeanCost",
@@ -41,14 +51,17 @@ __all__ = [
     "OfframpError",
     "Patience",
     "PeakCost",
+    "Plain",
     "Plan",
     "QuotaMode",
     "Risk",
     "ThroughputMode",
     "Trace",
+    "Verify",
     "attach",
     "calibrate",
     "compile",
+    "export_draft",
     "export_onnx",
     "fit",
     "load",

@@ -1,4 +1,4 @@
-"""The draft as a checkpoint of its own: loaded by transformers alone it says what the exit says, and assisted writing stays greedy writing."""
+"""The draft as a checkpoint: loaded by transformers alone it says what the exit says, and assisted writing stays greedy writing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which draft length the next round has: the best at the acceptance seen so far, plain where drafting does not pay, and another try later."""
+"""Which draft length the next round has: the best at the acceptance seen so far, none where drafts do not pay, and another try later."""
 
 from __future__ import annotations
 

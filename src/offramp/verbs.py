@@ -1,0 +1,377 @@
+"""The verbs of the package root. Each looks at what it is given, once, and calls the part that does it.
+
+A kind of network is one entry of `KINDS`: how it is recognised, and which function carries out each verb for it. A new kind is a new entry.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, overload
+
+from torch import Tensor, nn
+
+from offramp import systems
+from offramp.budget.agreement import AcceptPlan
+from offramp.core.certificate import Plan
+from offramp.core.errors import ArtifactError, InvalidInput
+from offramp.core.system import System
+from offramp.engines import classify
+from offramp.engines.classify import Runner
+from offramp.engines.modes import Mode
+from offramp.engines.planner import SpeculationPlan
+from offramp.engines.text_generator import TextGenerator, text_generator
+from offramp.exits.cached import Adapter, Block
+from offramp.exits.lm import LMHeadSpec, OwnNorm, OwnOutput, Shared, Trimmed, frequent
+from offramp.language import LanguageModel, attach_lm, load_lm
+from offramp.measure.report import report as trace_report
+from offramp.measure.text_report import text_report
+from offramp.network import MultiExit
+from offramp.network import attach as attach_network
+from offramp.network import load as load_network
+from offramp.policies.decoding import Way
+from offramp.train import FitResult, Recipe
+from offramp.train import fit as train_fit
+from offramp.train.text import packed, text_loader
+
+HEADS: Mapping[str, type] = {"shared": Shared, "norm": OwnNorm, "output": OwnOutput, "adapter": Adapter, "block": Block, "trimmed": Trimmed}
+"""Short words for the exits of a language model, as ``head=`` takes them."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of network.
+
+    Attributes:
+        words: what it is called in an error.
+        made: the class that `attach` gives.
+        recognises: ``(model, options given to attach) -> bool``.
+        verbs: the function of each verb, named as the verb.
+        stem: of the file that `load` finds in a saved folder, without ``.json``.
+    """
+
+    words: str
+    made: type
+    recognises: Callable[[Any, Mapping[str, Any]], bool]
+    verbs: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    stem: str = ""
+
+
+# ---- language models -----------------------------------------------------------------------------------------------------
+
+
+def _language_head(head: Any, texts: Any, kept: Sequence[int] | int | None, tokenizer: Any, vocabulary: int) -> Any:
+    """Heads as parts, of parts and short words."""
+    if isinstance(head, Sequence) and not isinstance(head, str):
+        return [_language_head(h, texts, kept, tokenizer, vocabulary) for h in head]
+    if not isinstance(head, str):
+        return head
+    if head not in HEADS:
+        raise InvalidInput(f"head={head!r} is not known; words for heads are {', '.join(HEADS)}. Or give a part such as Adapter(heads=4).")
+    if head != "trimmed":
+        return HEADS[head]()
+    if isinstance(kept, Sequence):
+        return Trimmed(tuple(int(k) for k in kept))
+    if texts is None:
+        raise InvalidInput(
+            'head="trimmed" keeps the frequent tokens: give kept=[token ids], or texts=... (ids, or strings and a tokenizer) to count '
+            "them in and kept=how many."
+        )
+    from offramp.engines.arguments import token_ids
+
+    count = kept if kept is not None else max(1, vocabulary // 8)
+    if not 1 <= count <= vocabulary:
+        raise InvalidInput(f"kept must be from 1 to the model's {vocabulary} tokens, got {count}.")
+    return Trimmed(frequent(token_ids(texts, tokenizer=tokenizer), vocabulary, count))
+
+
+def _attach_language(
+    model: nn.Module,
+    *,
+    exits: Sequence[int] | None = None,
+    head: LMHeadSpec | str | Sequence[LMHeadSpec | str] | None = None,
+    system: System | None = None,
+    texts: Any = None,
+    kept: Sequence[int] | int | None = None,
+    tokenizer: Any = None,
+) -> LanguageModel:
+    if exits is None and system is None:
+        exits = [max(1, int(model.config.num_hidden_layers) // 8)]  # type: ignore[union-attr, arg-type]
+    if isinstance(exits, int):
+        raise InvalidInput(f"exits are numbers of blocks, one for each exit: exits=[{exits}] reads after {exits} blocks.")
+    vocabulary = int(model.config.vocab_size) if isinstance(head, str | Sequence) else 0  # type: ignore[union-attr, arg-type]
+    return attach_lm(model, exits, _language_head(head, texts, kept, tokenizer, vocabulary), system=system)
+
+
+def _fit_language(
+    net: LanguageModel,
+    data: Any,
+    recipe: Recipe | None = None,
+    *,
+    tokenizer: Any = None,
+    block: int = 512,
+    batch_size: int = 8,
+    eval_data: Any = None,
+    **training: Any,
+) -> FitResult:
+    def loader(given: Any, shuffle: bool) -> Any:
+        blocks = _blocks(given, tokenizer, block)
+        return given if blocks is None else text_loader(blocks, batch_size, shuffle=shuffle)
+
+    if eval_data is not None:
+        if "eval_loader" in training:
+            raise InvalidInput("Give eval_data or eval_loader, one of them.")
+        training["eval_loader"] = loader(eval_data, False)
+    return train_fit(net, loader(data, True), recipe, **training)
+
+
+def _blocks(data: Any, tokenizer: Any, block: int) -> Tensor | None:
+    """Blocks of tokens ``[N, T]`` of texts in any form, or ``None`` for what is a loader already."""
+    if isinstance(data, Tensor):
+        if data.ndim != 2 or data.is_floating_point():
+            raise InvalidInput(f"Blocks of tokens are whole numbers [blocks, tokens], got {data.dtype} of shape {tuple(data.shape)}.")
+        return data
+    if isinstance(data, str) and not Path(data).is_dir():
+        raise InvalidInput(
+            f"A string is the name of a folder of texts, and there is none at {data[:80]!r}. Give one text as a list: [text]."
+        )
+    if isinstance(data, str | os.PathLike):
+        return packed(data, tokenizer, block)
+    if isinstance(data, Sequence) and len(data):
+        first = data[0]
+        if isinstance(first, str) or (isinstance(first, Sequence) and len(first) and isinstance(first[0], int)):
+            return packed(data, tokenizer, block)
+    return None
+
+
+def _compile_language(net: LanguageModel, plan: Way | SpeculationPlan | AcceptPlan | System | None = None, **options: Any) -> TextGenerator:
+    if isinstance(plan, Plan):
+        raise InvalidInput(
+            "A Plan of calibrate() is for networks that are cut into segments. A language model takes Plain(), Verify(...), Accept(...), "
+            "what a planner chose, or None with texts=... to plan here."
+        )
+    return text_generator(net, systems.way(plan) if isinstance(plan, System) else plan, **options)
+
+
+def _is_language(model: Any, options: Mapping[str, Any]) -> bool:
+    """Whether the model ends in an output layer over tokens; whether it can be decoded is found out by trying."""
+    if "exits" in options:
+        return True
+    if "at" in options or "example" in options or not hasattr(model, "config"):
+        return False
+    ending = getattr(model, "get_output_embeddings", None)
+    return callable(ending) and ending() is not None
+
+
+# ---- the kinds -----------------------------------------------------------------------------------------------------------
+
+KINDS: tuple[Kind, ...] = (
+    Kind(
+        "a language model",
+        LanguageModel,
+        _is_language,
+        {"attach": _attach_language, "fit": _fit_language, "compile": _compile_language, "load": load_lm},
+        "lm",
+    ),
+    Kind(
+        "a network cut into segments",
+        MultiExit,
+        lambda model, options: True,
+        {"attach": attach_network, "fit": train_fit, "compile": classify.compile, "load": load_network},
+        "adapter",
+    ),
+)
+"""Kinds of networks; `attach` takes the first that recognises a model, so the most general is last."""
+
+
+def _call(kind: Kind, verb: str, *arguments: Any, **options: Any) -> Any:
+    """Carry out a verb; options that belong to another kind are refused by name."""
+    if verb not in kind.verbs:
+        raise InvalidInput(f"{verb} of {kind.words} is not known; it has {', '.join(kind.verbs)}.")
+    function = kind.verbs[verb]
+    known = _names(function)
+    if wrong := [name for name in options if name not in known]:
+        others = [k.words for k in KINDS if k is not kind and verb in k.verbs and set(wrong) <= set(_names(k.verbs[verb]))]
+        where = f" {'They belong' if len(wrong) > 1 else 'It belongs'} to {' or '.join(others)}." if others else ""
+        raise InvalidInput(
+            f"{verb} of {kind.words} takes no {', '.join(wrong)}.{where} It takes {', '.join(n for n in known if n not in _FIRST)}."
+        )
+    return function(*arguments, **options)
+
+
+_FIRST = ("net", "model", "folder", "train_loader", "data")
+
+
+def _names(function: Callable[..., Any]) -> tuple[str, ...]:
+    found: list[str] = []
+    for name, parameter in inspect.signature(function).parameters.items():
+        if parameter.kind is not inspect.Parameter.VAR_KEYWORD:
+            found.append(name)
+        elif function is _fit_language:
+            found += _names(train_fit)
+        elif function is _compile_language:
+            found += _names(text_generator)
+    return tuple(dict.fromkeys(found))
+
+
+def _kind_of(net: Any, verb: str) -> Kind:
+    for kind in KINDS:
+        if isinstance(net, kind.made):
+            return kind
+    raise InvalidInput(f"{verb} takes what attach or load made ({', '.join(k.made.__name__ for k in KINDS)}); got {type(net).__name__}.")
+
+
+# ---- verbs ---------------------------------------------------------------------------------------------------------------
+
+
+def attach(model: nn.Module, at: Any = None, **options: Any) -> Any:
+    """Attach exits to a model. The model is not changed.
+
+    A causal language model of transformers (or any with ``exits=``) becomes a `LanguageModel`, which writes texts; every other model, and a
+    language model with ``at=`` or ``example=``, a `MultiExit`, which answers batches.
+
+    Args:
+        model: any PyTorch module.
+        at: where exits go, of a network that is cut into segments: see `offramp.network.attach`, whose further options are ``example``
+            (needed), ``head``, ``system``, ``select`` and ``num_outputs``.
+        options: of that, or for a language model: ``exits``, after how many blocks each exit reads (an eighth of them by default);
+            ``head``, a part of `offramp.exits` or one of the words ``"shared"``, ``"norm"``, ``"output"``, ``"adapter"``, ``"block"``,
+            ``"trimmed"``, one for all or one each; ``kept``, ``texts`` and ``tokenizer`` for ``"trimmed"``: ids to keep, or texts to count
+            in and how many to keep; ``system``, a published method.
+
+    Returns:
+        The network with exits, on the model's device.
+
+    Raises:
+        InvalidInput: an option is out of range or belongs to another kind of model.
+        UnsupportedModel: a language model cannot be decoded block by block; says why.
+        NotCuttable: a path does not exist, is not reached or runs more than once.
+
+    Example:
+        >>> import torch, offramp
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+        >>> offramp.attach(model, at=["1"], example=torch.randn(2, 8)).at
+        ('1',)
+    """
+    if not isinstance(model, nn.Module):
+        raise InvalidInput(f"attach takes a torch.nn.Module; got {type(model).__name__}.")
+    given = {**options, "at": at} if at is not None else options
+    kind = next(k for k in KINDS if k.recognises(model, given))
+    if kind.made is MultiExit and "example" not in options:
+        raise InvalidInput(
+            f"A {type(model).__name__} is cut into segments by running it once: give example=..., inputs as it takes them. A causal "
+            "language model takes exits=[...] instead, numbers of blocks."
+        )
+    return _call(kind, "attach", model, **given)
+
+
+def fit(net: Any, data: Any, recipe: Recipe | None = None, **options: Any) -> FitResult:
+    """Train the exits of a network, and the network too if the recipe says so. See `offramp.train.loop.fit` for all options.
+
+    Args:
+        net: from `attach` or `load`.
+        data: a loader. For a language model also: strings or lists of token ids, the name of a folder of texts or of a saved data set, or
+            blocks of tokens ``[N, T]``.
+        recipe: how; by default that of the network's system, else `Joint`; for a language model, its exits alone learn what the model says.
+        options: ``epochs`` (needed), ``output_dir``, ``optimizer``, ``mixed_precision``, ... For a language model also ``tokenizer`` for
+            texts that are strings, ``block`` (tokens of a block, 512), ``batch_size`` (8) and ``eval_data`` (in any form of ``data``).
+
+    Returns:
+        Metrics and where training ended. The weights are in ``net``.
+
+    Raises:
+        InvalidInput: an argument, a batch or its labels do not fit.
+        MissingExtra: accelerate is not installed.
+    """
+    return _call(_kind_of(net, "fit"), "fit", net, data, recipe, **options)
+
+
+@overload
+def compile(net: MultiExit, plan: Plan, mode: Mode | None = None, **options: Any) -> Runner: ...  # noqa: A001
+
+
+@overload
+def compile(  # noqa: A001
+    net: LanguageModel, plan: Way | SpeculationPlan | AcceptPlan | System | None = None, **options: Any
+) -> TextGenerator: ...
+
+
+def compile(net: Any, plan: Any = None, *rest: Any, **options: Any) -> Any:  # noqa: A001 - the verb, as in torch.compile
+    """Make the engine that runs a plan.
+
+    Args:
+        net: from `attach` or `load`.
+        plan: what `calibrate` gave. For a language model a way of decoding (`Plain`, `Verify`, `Accept`, ...), what a planner chose, a
+            published method, or ``None``: drafts that are verified, planned here from ``texts=``.
+        rest: the mode, of a network cut into segments: `LatencyMode` (default), `ThroughputMode` or `QuotaMode`.
+        options: see `offramp.engines.classify.compile`, and `offramp.engines.text_generator.text_generator` for language models
+            (``texts``, ``tokenizer``, ``rows``, ``sampling``, ``margin``, ``captured``, ...).
+
+    Returns:
+        A `Runner`, to be called on batches; for a language model a `TextGenerator` with ``generate(prompts, ...)``.
+
+    Raises:
+        InvalidInput: the plan is for another kind of network or for other exits.
+        FingerprintMismatch: the plan was made for another model.
+    """
+    kind = _kind_of(net, "compile")
+    if kind.made is MultiExit and not isinstance(plan, Plan):
+        raise InvalidInput(f"compile runs a Plan, as calibrate() or never() gives it; got {plan!r}.")
+    if kind.made is not MultiExit and rest:
+        raise InvalidInput(f"compile of {kind.words} takes no mode; got {rest[0]!r}.")
+    return _call(kind, "compile", net, plan, *rest, **options)
+
+
+def load(model: nn.Module, folder: str | os.PathLike[str], **options: Any) -> Any:
+    """Attach saved exits to the model they were trained on. What they are is told from the folder.
+
+    Args:
+        model: with the weights it had when the exits were saved.
+        folder: what ``save`` of a `MultiExit` or a `LanguageModel` wrote.
+        options: ``example`` (needed), ``select`` and ``system`` for a `MultiExit`; a `LanguageModel` takes none.
+
+    Raises:
+        FingerprintMismatch: the model has other weights.
+        ArtifactError: the folder holds nothing of ours, or a file in it is truncated, altered or foreign.
+    """
+    found = [kind for kind in KINDS if kind.stem and (Path(folder) / f"{kind.stem}.json").is_file()]
+    if len(found) != 1:
+        what = "more than one saved network" if found else "no saved exits"
+        raise ArtifactError(f"{folder} holds {what}: expected one of {', '.join(f'{k.stem}.json ({k.words})' for k in KINDS if k.stem)}.")
+    if found[0].made is MultiExit and "example" not in options:
+        raise InvalidInput(
+            f"{folder} holds exits of a network that is cut into segments: give example=..., inputs as the model takes them."
+        )
+    return _call(found[0], "load", model, folder, **options)
+
+
+def report(path: str | os.PathLike[str], **about: Any) -> Path:
+    """Write one self-contained HTML file.
+
+    Args:
+        path: the file.
+        about: ``trace=...`` for a network cut into segments: see `offramp.measure.report.report`. ``generation=...`` for texts, with
+            ``tokenizer`` and ``blocks`` (or the `LanguageModel` as ``lm``): see `offramp.measure.text_report.text_report`.
+
+    Returns:
+        The path.
+
+    Raises:
+        InvalidInput: neither or both were given, or something does not fit.
+    """
+    if ("trace" in about) == ("generation" in about):
+        raise InvalidInput("A report is about trace=... (recorded exits) or generation=... (texts that were written), one of them.")
+    if "trace" in about:
+        return trace_report(path, **about)
+    lm = about.pop("lm", None)
+    if lm is not None:
+        about.setdefault("blocks", len(lm.decoder))
+    if "blocks" not in about:
+        raise InvalidInput("A report of texts needs to know how deep the model is: give lm=..., what attach made, or blocks=....")
+    return text_report(path, **about)
+
+
+__all__ = ["HEADS", "KINDS", "Kind", "attach", "compile", "fit", "load", "report"]

@@ -1,0 +1,247 @@
+"""The verbs at the package root: what is given decides what is made, and what belongs elsewhere is refused by name."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import offramp
+from language_models import VOCABULARY, build, own_greedy, prompts, word_tokenizer
+from offramp import verbs
+from offramp.core.errors import ArtifactError, InvalidInput, UnsupportedModel
+from offramp.core.system import System
+from offramp.engines.classify import Runner
+from offramp.engines.generate import generate
+from offramp.engines.planner import plan_speculation
+from offramp.engines.text_generator import TextGenerator
+from offramp.exits.cached import Adapter, Block
+from offramp.exits.lm import OwnNorm, OwnOutput, Shared, Trimmed
+from offramp.language import LanguageModel
+from offramp.network import MultiExit, never
+from offramp.train import Frozen, Joint
+from offramp.train.text import packed, text_loader
+
+
+@pytest.fixture
+def model() -> Any:
+    return build("llama")
+
+
+@pytest.fixture
+def plain() -> nn.Module:
+    return nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+
+
+@pytest.fixture
+def net(plain: nn.Module) -> MultiExit:
+    return offramp.attach(plain, at=["1"], example=torch.randn(2, 8))
+
+
+# ---- attach ------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_model_decides_what_is_attached(model, net):
+    assert type(net) is MultiExit
+    assert type(offramp.attach(model, exits=[1, 2])) is LanguageModel
+    found = offramp.attach(model)
+    assert type(found) is LanguageModel and found.exits == (1,) and found.specs == (Shared(),)
+    ids = {"input_ids": torch.randint(3, VOCABULARY, (2, 6)), "use_cache": False}
+    cut = offramp.attach(model, at=["model.layers.1"], example=ids, select=lambda output: output.logits[:, -1])
+    assert type(cut) is MultiExit, "at and example are those of a network that is cut"
+
+
+@pytest.mark.parametrize(
+    ("word", "part"),
+    [("shared", Shared()), ("norm", OwnNorm()), ("output", OwnOutput()), ("adapter", Adapter()), ("block", Block())],
+)
+def test_words_for_heads(model, word, part):
+    assert offramp.attach(model, exits=[2], head=word).specs == (part,)
+    assert set(verbs.HEADS) == {"shared", "norm", "output", "adapter", "block", "trimmed"}
+
+
+def test_heads_one_each_and_parts(model):
+    assert offramp.attach(model, exits=[1, 3], head=["norm", Adapter(heads=2)]).specs == (OwnNorm(), Adapter(heads=2))
+    with pytest.raises(InvalidInput, match=r"words for heads are shared, norm"):
+        offramp.attach(model, exits=[1], head="linear")
+
+
+def test_trimmed_says_what_it_needs(model):
+    assert offramp.attach(model, exits=[1], head="trimmed", kept=[3, 1, 2]).specs == (Trimmed((3, 1, 2)),)
+    texts = [[5, 5, 5, 9, 9, 7], [9, 5]]
+    assert offramp.attach(model, exits=[1], head="trimmed", texts=texts, kept=2).specs == (Trimmed((5, 9)),)
+    words = offramp.attach(model, exits=[1], head="trimmed", texts=["w1 w1 w3"], tokenizer=word_tokenizer(), kept=1)
+    assert words.specs == (Trimmed((word_tokenizer()("w1")["input_ids"][0],)),)
+    assert len(offramp.attach(model, exits=[1], head="trimmed", texts=texts).specs[0].kept) == VOCABULARY // 8
+    with pytest.raises(InvalidInput, match=r"give kept=\[token ids\], or texts"):
+        offramp.attach(model, exits=[1], head="trimmed")
+    with pytest.raises(InvalidInput, match=rf"from 1 to the model's {VOCABULARY}"):
+        offramp.attach(model, exits=[1], head="trimmed", texts=texts, kept=VOCABULARY + 1)
+
+
+def test_options_of_the_other_kind_are_named(model, plain):
+    with pytest.raises(InvalidInput, match=r"a language model takes no select.*belongs to a network cut into segments"):
+        offramp.attach(model, exits=[1], select=lambda x: x)
+    with pytest.raises(InvalidInput, match=r"a network cut into segments takes no kept.*belongs to a language model"):
+        offramp.attach(plain, at=["1"], example=torch.randn(2, 8), kept=3)
+    with pytest.raises(InvalidInput, match=r"takes no nonsense\. It takes exits, head"):
+        offramp.attach(model, exits=[1], nonsense=3)
+    with pytest.raises(InvalidInput, match=r"give example=.*exits="):
+        offramp.attach(plain)
+    with pytest.raises(InvalidInput, match=r"give example="):
+        offramp.attach(model, at=["model.layers.1"])
+    with pytest.raises(UnsupportedModel, match=r"not a causal language model"):
+        offramp.attach(plain, exits=[1])
+    with pytest.raises(InvalidInput, match=r"exits=\[2\]"):
+        offramp.attach(model, exits=2)
+    with pytest.raises(InvalidInput, match=r"torch.nn.Module"):
+        offramp.attach("llama")
+
+
+# ---- fit ---------------------------------------------------------------------------------------------------------------------
+
+TEXTS = ["w1 w2 w3 w4 w5 w6 w7", "w9 w8 w7 w6 w5 w4", "w3 w3 w3"]
+STEP = {"epochs": 1, "progress": False, "batch_size": 2}
+
+
+def trained(model: Any, data: Any, **options: Any) -> torch.Tensor:
+    torch.manual_seed(0)
+    lm = offramp.attach(model, exits=[2], head="norm")
+    offramp.fit(lm, data, **{**STEP, **options})
+    return lm.heads[0].norm.weight.detach().clone()
+
+
+def test_texts_in_any_form_train_alike(model, tmp_path):
+    """Strings, token ids, a folder, blocks and a loader: the same blocks, so the same weights."""
+    tokenizer = word_tokenizer()
+    for number, text in enumerate(TEXTS):
+        (tmp_path / f"{number}.txt").write_text(text)
+    blocks = packed(TEXTS, tokenizer, 6)
+    expected = trained(model, blocks)
+    assert not torch.equal(expected, model.model.norm.weight), "nothing was learned"
+    assert torch.equal(trained(model, TEXTS, tokenizer=tokenizer, block=6), expected)
+    ids = [tokenizer(t)["input_ids"] for t in TEXTS]
+    assert torch.equal(trained(model, [[*i, tokenizer.eos_token_id] for i in ids], block=6), expected)
+    assert torch.equal(trained(model, tmp_path, tokenizer=tokenizer, block=6), expected)
+    assert torch.equal(trained(model, str(tmp_path), tokenizer=tokenizer, block=6), expected)
+    lm = offramp.attach(model, exits=[2], head="norm")
+    offramp.fit(lm, text_loader(blocks, 2), epochs=1, progress=False)
+    assert torch.equal(lm.heads[0].norm.weight, expected)
+
+
+def test_evaluation_data_too(model):
+    lm = offramp.attach(model, exits=[2], head="norm")
+    blocks = packed(TEXTS, word_tokenizer(), 6)
+    found = offramp.fit(lm, blocks, Frozen(), eval_data=blocks[:1], **STEP)
+    assert found.best is not None
+    with pytest.raises(InvalidInput, match=r"eval_data or eval_loader"):
+        offramp.fit(lm, blocks, eval_data=blocks, eval_loader=text_loader(blocks, 1), **STEP)
+
+
+def test_what_fit_refuses(model, net, tmp_path):
+    lm = offramp.attach(model, exits=[1])
+    with pytest.raises(InvalidInput, match=r"Give one text as a list: \[text\]"):
+        offramp.fit(lm, "once upon a time", **STEP)
+    with pytest.raises(InvalidInput, match=r"whole numbers \[blocks, tokens\]"):
+        offramp.fit(lm, torch.randn(2, 4), **STEP)
+    with pytest.raises(InvalidInput, match=r"no tokenizer was given"):
+        offramp.fit(lm, TEXTS, **STEP)
+    with pytest.raises(InvalidInput, match=r"takes no tokenizer, block.*They belong to a language model"):
+        offramp.fit(net, [], epochs=1, tokenizer=len, block=3)
+    with pytest.raises(InvalidInput, match=r"what attach or load made"):
+        offramp.fit(model, TEXTS, **STEP)
+    with pytest.raises(InvalidInput, match=r"takes no epoch\. It takes .*epochs"):
+        offramp.fit(lm, TEXTS, epoch=1)
+
+
+def test_a_network_is_fitted_as_before(net):
+    loader = [(torch.randn(4, 8), torch.tensor([0, 1, 2, 0]))] * 3
+    assert offramp.fit(net, loader, Joint(), epochs=1, progress=False).steps == 3
+
+
+# ---- compile -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore::offramp.core.errors.NoEffectWarning")
+def test_what_is_compiled(model, net):
+    assert type(offramp.compile(net, never(net, offramp.Confidence()), offramp.LatencyMode(batch_size=2), measure=False)) is Runner
+    lm = offramp.attach(model, exits=[2])
+    given = prompts((5, 3))
+    expected = own_greedy(model, given, 12)
+    texts = [row.tolist() for row in expected[:1]]
+    method = System(replace(offramp.systems.load_card("pabee"), engine="generate"), draft=offramp.Verify(2))
+    for plan in (offramp.Plain(), offramp.Verify(3), plan_speculation(lm, texts, most=2), method):
+        run = offramp.compile(lm, plan)
+        assert type(run) is TextGenerator
+        assert torch.equal(run.generate(given, max_new_tokens=12).sequences, expected)
+    run = offramp.compile(lm, texts=texts, margin=0.1)
+    assert run.plan.margin == 0.1 and torch.equal(run.generate(given, max_new_tokens=12).sequences, expected)
+    run = offramp.compile(lm, offramp.Accept(0.2))
+    assert run.generate(given, max_new_tokens=5).tokens == generate(lm, given, offramp.Accept(0.2), max_new_tokens=5).tokens
+
+
+def test_a_plan_of_the_other_kind_is_refused(model, net):
+    lm = offramp.attach(model, exits=[2])
+    with pytest.raises(InvalidInput, match=r"networks that are cut into segments"):
+        offramp.compile(lm, never(net, offramp.Confidence()))
+    with pytest.raises(InvalidInput, match=r"compile runs a Plan"):
+        offramp.compile(net, offramp.Plain())
+    with pytest.raises(InvalidInput, match=r"takes no mode"):
+        offramp.compile(lm, offramp.Plain(), offramp.LatencyMode())
+    with pytest.raises(InvalidInput, match=r"takes no graphs\. It belongs to a network cut"):
+        offramp.compile(lm, offramp.Plain(), graphs=True)
+    with pytest.raises(InvalidInput, match=r"takes no texts\. It belongs to a language model"):
+        offramp.compile(net, never(net, offramp.Confidence()), texts=[])
+    with pytest.raises(InvalidInput, match=r"needs texts"):
+        offramp.compile(lm)
+    with pytest.raises(InvalidInput, match=r"what attach or load made"):
+        offramp.compile(model, offramp.Plain())
+
+
+# ---- load, report --------------------------------------------------------------------------------------------------------------
+
+
+def test_what_was_saved_is_told_from_the_folder(model, net, plain, tmp_path):
+    offramp.attach(model, exits=[1, 2], head="norm").save(tmp_path / "lm")
+    net.save(tmp_path / "net")
+    assert offramp.load(model, tmp_path / "lm").specs == (OwnNorm(), OwnNorm())
+    assert type(offramp.load(plain, tmp_path / "net", example=torch.randn(2, 8))) is MultiExit
+    with pytest.raises(InvalidInput, match=r"give example="):
+        offramp.load(plain, tmp_path / "net")
+    with pytest.raises(InvalidInput, match=r"takes no example\. It belongs to a network cut"):
+        offramp.load(model, tmp_path / "lm", example=torch.randn(2, 8))
+    with pytest.raises(ArtifactError, match=r"no saved exits"):
+        offramp.load(model, tmp_path)
+    net.save(tmp_path / "lm")
+    with pytest.raises(ArtifactError, match=r"more than one"):
+        offramp.load(model, tmp_path / "lm")
+
+
+def test_reports_of_texts(model, tmp_path):
+    pytest.importorskip("matplotlib")
+    lm = offramp.attach(model, exits=[2])
+    found = offramp.compile(lm, offramp.Verify(2)).generate(prompts((4,)), max_new_tokens=6)
+    path = offramp.report(tmp_path / "texts.html", generation=found, lm=lm)
+    assert "model of 4 blocks" in Path(path).read_text()
+    with pytest.raises(InvalidInput, match=r"lm=..."):
+        offramp.report(tmp_path / "texts.html", generation=found)
+    with pytest.raises(InvalidInput, match=r"one of them"):
+        offramp.report(tmp_path / "texts.html")
+
+
+def test_a_new_kind_is_one_entry(monkeypatch, plain):
+    """What another kind of network needs to be known by all verbs."""
+
+    class Other:
+        pass
+
+    made = Other()
+    kind = verbs.Kind("something else", Other, lambda model, options: "special" in options, {"attach": lambda model, *, special: made})
+    monkeypatch.setattr(verbs, "KINDS", (kind, *verbs.KINDS))
+    assert offramp.attach(plain, special=True) is made
+    with pytest.raises(InvalidInput, match=r"compile of something else"):
+        offramp.compile(made, None)
