@@ -108,6 +108,10 @@ class DenoisingNet(nn.Module):
         return next((p.device for p in self.model.parameters()), torch.device("cpu"))
 
     @property
+    def dtype(self) -> torch.dtype:
+        return next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
+
+    @property
     def sample_name(self) -> str:
         """Name of the noisy input."""
         return self._sample
@@ -132,7 +136,7 @@ class DenoisingNet(nn.Module):
                 given |= given.pop(name, {})
             elif parameter.kind is inspect.Parameter.VAR_POSITIONAL and given.pop(name, ()):
                 raise InvalidInput(f"{type(self.model).__name__} takes unnamed inputs (*{name}); pass inputs by name.")
-            elif name in given and not isinstance(given[name], Tensor) and given[name] is parameter.default:
+            elif name in given and _is(given[name], parameter.default):
                 del given[name]
         return_dict = given.pop("return_dict", True)
         time, sample = given.get(self._time), given.get(self._sample)
@@ -147,11 +151,22 @@ class DenoisingNet(nn.Module):
             else repr(v)
             for v in leaves
         )
-        return Call({n: given[n] for n in sorted(given)}, time, rows, bool(return_dict), (structure, shapes))
+        key = (self.device, self.dtype, structure, shapes)
+        return Call({n: given[n] for n in sorted(given)}, time, rows, bool(return_dict), key)
+
+    def example_call(self) -> Call:
+        """The example where the model is now and of its dtype."""
+
+        def place(name: str, leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor):
+                return leaf
+            return leaf.to(self.device, self.dtype) if leaf.is_floating_point() and name != self._time else leaf.to(self.device)
+
+        return self.call(**{n: tree_map(lambda leaf, n=n: place(n, leaf), v) for n, v in self.example.items()})
 
     def cut(self, call: Call | None = None) -> Cut:
         """The model as segments for calls of one form; by default that of the example. Made on first use."""
-        call = call or self.call(**tree_map(lambda v: v.to(self.device) if isinstance(v, Tensor) else v, self.example))
+        call = call or self.example_call()
         if call.key not in self._cuts:
             with torch.inference_mode(False):  # engines run in it, and writes in place cannot be seen there
                 inputs = tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, call.kwargs)
@@ -190,7 +205,7 @@ class DenoisingNet(nn.Module):
         Raises:
             InvalidInput: a place does not exist, a skip goes nowhere or backward, or its fill does not fit; nothing is attached then.
         """
-        call = call or self.call(**tree_map(lambda v: v.to(self.device) if isinstance(v, Tensor) else v, self.example))
+        call = call or self.example_call()
         made = self.cut(call)
         with torch.no_grad():
             states = [made.begin(**call.kwargs)]
@@ -251,6 +266,12 @@ class DenoisingNet(nn.Module):
     def fingerprint(self) -> str:
         """Of the model: what a plan and its calibration are about."""
         return fingerprint(self.model)
+
+
+def _is(value: Any, default: Any) -> bool:
+    """Whether an argument is its default, so that giving it says nothing."""
+    plain = isinstance(value, bool | int | float | str) and type(value) is type(default)
+    return value is default or (plain and bool(value == default))
 
 
 def _inputs(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -336,15 +357,8 @@ def attach_denoiser(
         raise InvalidInput(f"The example must hold a noisy input and the timestep {time!r}; got {sorted(bound)}.")
     names = {"timestep": time, "sample": sample}
     probe = DenoisingNet(model, (), noise, {}, names, nn.ModuleDict())
-    call = probe.call(*args, **kwargs)
-    device, dtype = probe.device, next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-
-    def place(name: str, leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor):
-            return leaf
-        return leaf.to(device, dtype) if leaf.is_floating_point() and name != time else leaf.to(device)
-
-    inputs = {n: tree_map(lambda leaf, n=n: place(n, leaf), v) for n, v in call.kwargs.items()}
+    probe.example = probe.call(*args, **kwargs).kwargs
+    inputs = probe.example_call().kwargs
     paths = list(at) if at is not None else [b.path for b in repeated_blocks(model, (), inputs)]
     if isinstance(at, str) or not paths or len(set(paths)) != len(paths):
         raise InvalidInput(f"`at` must be a list that names at least one module and none twice, got {at!r}.")

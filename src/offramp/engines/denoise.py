@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -106,7 +106,9 @@ class Denoiser(nn.Module):
             self._peak = max(self._peak, self.trajectory.cache_bytes)
         if call.return_dict:
             return output
-        return output.to_tuple() if hasattr(output, "to_tuple") else output if isinstance(output, tuple) else (output,)
+        if isinstance(output, Mapping):
+            return tuple(v for v in output.values() if v is not None)
+        return output if isinstance(output, tuple) else (output,)
 
     def _times(self, call: Call) -> tuple[list[float], list[bool]]:
         """Every row's timestep on the host, read from the sampler's list where it is an entry of it, and whether it is the row's last."""

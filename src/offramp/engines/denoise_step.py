@@ -160,7 +160,7 @@ class Walk:
         """Why a row must compute whatever its score; empty if its score decides."""
         limits = point.point.limits
         if point.point.remembers and not memory.noise[row]:
-            return self.why or "first"
+            return self.why or ("first" if self.branch.step[row] == 0 else "missing")
         if self.branch.step[row] < limits.first:
             return "first"
         if limits.last and self.final[row]:
@@ -213,8 +213,8 @@ class Walk:
         if self.observe:
             self.record.scores.append((point.index, tuple(asked.rows), score.detach()))
         sound = score.isfinite()
-        if point.point.fill.keeps and memory.finite is not None:
-            sound = sound & self._some(memory.finite, asked.rows)
+        for broken in memory.broken:
+            sound = sound & ~self._some(broken, asked.rows)
         codes: list[int] = torch.where(sound, (score >= point.point.threshold).to(torch.int8), -1).tolist()  # the one host read
         return codes
 

@@ -28,7 +28,7 @@ class Memory:
         snapshots: what the fill keeps of them, newest first, each ``[B, ...]`` by name.
         noise: noise level of each, newest first; empty where nothing is remembered.
         reference: what the signal watched in the last computed step.
-        finite: ``[B]`` whether the newest snapshot is finite.
+        broken: ``[B]`` for every snapshot, whether it holds a number that is not finite.
         age: steps since the last computed one.
     """
 
@@ -37,7 +37,7 @@ class Memory:
     snapshots: list[dict[str, Tensor]] = field(default_factory=list)
     noise: list[list[float]] = field(default_factory=list)
     reference: tuple[Tensor, ...] = ()
-    finite: Tensor | None = None
+    broken: list[Tensor] = field(default_factory=list)
     age: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -59,15 +59,18 @@ class Memory:
             self.noise[r] = [noise[r], *self.noise[r]][:depth]
             self.age[r] = 0
         if kept:
-            sound = torch.stack([_finite(t) for t in kept.values()]).all(0)
+            bad = ~torch.stack([_finite(t) for t in kept.values()]).all(0)
             if index is None:
-                self.snapshots = [dict(kept), *self.snapshots][: self.depth]
+                self.snapshots = [dict(kept), *self.snapshots][:depth]
+                self.broken = [bad, *self.broken][:depth]
             else:  # never in place: what is remembered may be shared with the state or with another point's memory
-                blank = {n: t.new_zeros(self.rows, *t.shape[1:]) for n, t in kept.items()}
-                old = self.snapshots + [blank] * (min(len(self.snapshots) + 1, self.depth) - len(self.snapshots))
-                moved = [kept, *({n: t[index] for n, t in s.items()} for s in old[:-1])]
-                self.snapshots = [{n: s[n].index_copy(0, index, m[n]) for n in s} for s, m in zip(old, moved, strict=True)]
-            self.finite = _placed(self.finite, sound, index, self.rows)
+                if len(self.snapshots) < depth:
+                    self.snapshots = [*self.snapshots, {n: t.new_zeros(self.rows, *t.shape[1:]) for n, t in kept.items()}]
+                    self.broken = [*self.broken, bad.new_zeros(self.rows)]
+                newer = [kept, *({n: t[index] for n, t in s.items()} for s in self.snapshots[:-1])]
+                self.snapshots = [{n: s[n].index_copy(0, index, m[n]) for n in s} for s, m in zip(self.snapshots, newer, strict=True)]
+                worse = [bad, *(b[index] for b in self.broken[:-1])]
+                self.broken = [b.index_copy(0, index, m) for b, m in zip(self.broken, worse, strict=True)]
         if watched:
             before: Sequence[Tensor | None] = self.reference or [None] * len(watched)
             self.reference = tuple(_placed(old, new, index, self.rows) for old, new in zip(before, watched, strict=True))
@@ -85,7 +88,7 @@ class Memory:
 
     @property
     def tensors(self) -> list[Tensor]:
-        return [*(t for s in self.snapshots for t in s.values()), *self.reference, *([self.finite] if self.finite is not None else [])]
+        return [*(t for s in self.snapshots for t in s.values()), *self.broken, *self.reference]
 
 
 def _finite(tensor: Tensor) -> Tensor:

@@ -110,7 +110,7 @@ class NoiseLevel(Scheduled):
 
 
 @dataclass(frozen=True)
-class NoiseBins(Scheduled):
+class NoiseSchedule(Scheduled):
     """1 in some bins of log-SNR and 0 in the others: a schedule of any shape.
 
     Attributes:
@@ -314,13 +314,13 @@ def depth_schedule(edges: Sequence[float], exits: Sequence[Place | None], to: Pl
         raise InvalidInput(f"{len(edges)} edges make {len(edges) + 1} bins; got {len(exits)} exits.")
     places = list(dict.fromkeys(e for e in exits if e is not None))
     return tuple(
-        Point(place, to, fill or Identity(), NoiseBins(tuple(edges), tuple(e is not None and e == place for e in exits)))
+        Point(place, to, fill or Identity(), NoiseSchedule(tuple(edges), tuple(e is not None and e == place for e in exits)))
         for place in places
     )
 
 
 SIGNALS: dict[str, type] = {
-    c.__name__: c for c in (NoiseLevel, NoiseBins, Every, Chance, StateChange, ResidualChange, InputChange, Uncertainty)
+    c.__name__: c for c in (NoiseLevel, NoiseSchedule, Every, Chance, StateChange, ResidualChange, InputChange, Uncertainty)
 }
 """Every signal by name."""
 

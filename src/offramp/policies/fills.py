@@ -137,8 +137,11 @@ class Remembered(Fill):
             value = remembered[0][name]
             if weights is not None:
                 kind = torch.promote_types(value.dtype, torch.float32)
-                terms = [s[name].to(kind) * weights[:, k].to(kind).view(-1, *[1] * (value.ndim - 1)) for k, s in enumerate(remembered)]
-                value = torch.stack(terms).sum(0).to(value.dtype)
+                total = torch.zeros_like(value, dtype=kind)
+                for k, step in enumerate(remembered):
+                    weight = weights[:, k].to(kind).view(-1, *[1] * (value.ndim - 1))
+                    total = torch.where(weight == 0, total, total + step[name] * weight)  # what has no weight may be anything, NaN too
+                value = total.to(value.dtype)
             filled[name] = start[name] + value if self.residual else value
         return filled
 

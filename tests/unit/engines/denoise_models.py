@@ -83,7 +83,7 @@ _UNET: dict[str, Any] = {
     "sample_size": 8,
     "in_channels": 4,
     "out_channels": 4,
-    "block_out_channels": (8, 16, 16),
+    "block_out_channels": (8, 16),
     "layers_per_block": 1,
     "norm_num_groups": 4,
     "attention_head_dim": 4,
@@ -93,22 +93,88 @@ _UNET: dict[str, Any] = {
 def unet() -> nn.Module:
     from diffusers import UNet2DModel
 
-    down = ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D")
-    return loud(UNet2DModel(**_UNET, down_block_types=down, up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D")))
+    return loud(UNet2DModel(**_UNET, down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D")))
 
 
 def conditional_unet() -> nn.Module:
     from diffusers import UNet2DConditionModel
 
-    down = ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D")
-    up = ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D")
+    down, up = ("CrossAttnDownBlock2D", "DownBlock2D"), ("UpBlock2D", "CrossAttnUpBlock2D")
     return loud(UNet2DConditionModel(**_UNET, down_block_types=down, up_block_types=up, cross_attention_dim=12))
+
+
+def autoencoder() -> Any:
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        block_out_channels=(8,),
+        down_block_types=("DownEncoderBlock2D",),
+        up_block_types=("UpDecoderBlock2D",),
+        norm_num_groups=8,
+        latent_channels=4,
+        shift_factor=0.0,
+    ).eval()
 
 
 def schedulers() -> list[Callable[[], Any]]:
     from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 
     return [DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler]
+
+
+class _Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.mix = nn.LayerNorm(width), nn.Linear(width, width)
+
+    def forward(self, state: Tensor, level: Tensor) -> Tensor:
+        return state + torch.tanh(self.mix(self.norm(state))) * (1 + level)
+
+
+class Toy(nn.Module):
+    """A denoiser of plain PyTorch: tokens ``[B, 6, 4]``, a time and a label per row."""
+
+    def __init__(self, blocks: int = 4, width: int = 16) -> None:
+        super().__init__()
+        self.inlet = nn.Linear(4, width)
+        self.labels = nn.Embedding(10, width)
+        self.blocks = nn.ModuleList(_Block(width) for _ in range(blocks))
+        self.outlet = nn.Linear(width, 4)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        level = (t.float() / 1000).to(x.dtype).view(-1, 1, 1)
+        state = self.inlet(x) + torch.sin(5 * level)
+        if y is not None:
+            state = state + self.labels(y)[:, None]
+        for block in self.blocks:
+            state = block(state, level)
+        return self.outlet(state) * (1 + level)
+
+
+class ToyHead(nn.Module):
+    """A learned head for `Toy`: uncertainty from the state and the noise level, and an output layer."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.probe = nn.Linear(width + 1, 1)
+        self.out = nn.Linear(width, 4)
+
+    def uncertainty(self, hidden: Tensor, log_snr: Tensor) -> Tensor:
+        level = log_snr.view(-1, 1, 1).expand(-1, hidden.shape[1], 1).to(hidden.dtype)
+        return self.probe(torch.cat([hidden, level / 20], -1)).sigmoid().mean((1, 2))
+
+    def output(self, hidden: Tensor, log_snr: Tensor) -> Tensor:
+        return self.out(hidden)
+
+
+TOY_PLACES = ("inlet", *(f"blocks.{k}" for k in range(4)))
+
+
+def toy(heads: Any = None) -> DenoisingNet:
+    """`Toy` cut after its inlet and every block."""
+    torch.manual_seed(5)
+    given = {"x": torch.randn(2, 6, 4), "t": torch.tensor([500, 300]), "y": torch.tensor([1, 2])}
+    return attach_denoiser(Toy().eval(), TOY_PLACES, noise=FlowMatching(), example=given, heads=heads)
 
 
 BLOCKS = tuple(f"transformer_blocks.{k}" for k in range(4))
