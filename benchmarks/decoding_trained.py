@@ -299,7 +299,7 @@ def main() -> None:
     parser.add_argument("--each", type=int, default=80, help="prompts of a group")
     parser.add_argument("--calibrate", type=int, default=8, help="prompts of a group that the planner sees")
     parser.add_argument("--candidates", type=int, default=2, help="exits whose rounds are measured")
-    parser.add_argument("--drafts", type=numbers, default=[2, 4, 6], help="draft lengths that are captured")
+    parser.add_argument("--drafts", type=numbers, default=[3, 5], help="draft lengths that are captured")
     parser.add_argument("--capture-guess", type=float, default=50)
     parser.add_argument("--exact-prompts", type=int, default=200)
     parser.add_argument("--exact-new", type=int, default=64)

@@ -15,6 +15,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -154,28 +155,90 @@ def recipe_of(args: argparse.Namespace, depths: Sequence[int]) -> Recipe:
     return LayerDropout(Joint(Explicit((*weights, 1.0), normalise=True)), rate=args.dropout)
 
 
+@dataclass(frozen=True)
+class Text:
+    """What is trained on, and how.
+
+    Attributes:
+        stream: int64 ``[N]``.
+        held: int64 ``[B, T]``, held out.
+        batch: blocks a step.
+        passes: most passes over the text.
+        epochs: stretches they are divided into.
+    """
+
+    stream: Tensor
+    held: Tensor
+    batch: int
+    passes: int
+    epochs: int
+
+    @classmethod
+    def read(cls, args: argparse.Namespace, tokenizer: Any) -> Text:
+        """Books of ``args.data``, with an end token after each part."""
+        end, folder = tokenizer.token_to_id(END_OF_TEXT), Path(args.data) / "text"
+        texts = [unpacked(folder / f"books_{part}.txt.xz") for part in ("train", "val")]
+        if args.characters:
+            texts = [t[: args.characters] for t in texts]
+        ids = [torch.tensor([*encoded(tokenizer, t), end]) for t in texts]
+        held = packed([ids[1]], None, args.tokens)[: args.held]
+        print(f"{len(ids[0])} tokens of {len(texts[0])} characters; held out: {len(held)} blocks of {args.tokens}", flush=True)
+        return cls(ids[0], held, args.batch, args.passes, args.epochs)
+
+
+def fit_on_time(
+    name: str, lm: LanguageModel, recipe: Recipe, text: Text, work: Path, minutes: float, rate: float, checkpoint_every: int | None = None
+) -> dict[str, Any]:
+    """Train until the steps or the minutes are over, whichever comes first; the weights that evaluated best stay."""
+    device = lm.decoder.device
+    precision = "bf16" if device.type == "cuda" else "no"
+    dataset = Shifted(text.stream, text.held.shape[1], max(1, text.passes // text.epochs))
+    loader: Any = DataLoader(dataset, batch_size=text.batch, shuffle=True, drop_last=True)
+    losses = work / "metrics.jsonl"
+
+    def note(step: int, share: float, spent: float) -> None:
+        last = [r for r in read_metrics(losses)[-3:] if r["event"] == "step"]
+        shown = {k: round(v, 3) for k, v in last[-1]["losses"].items()} if last else {}
+        print(f"  {name}: step {step}, {share:.0%}, {spent:.0f} s, {1e3 * spent / max(1, step):.0f} ms a step, {shown}", flush=True)
+
+    start, ended = time.monotonic(), "steps"
+    try:
+        fit(
+            lm, loader, recipe, epochs=text.epochs, output_dir=work, eval_loader=text_loader(text.held, text.batch, shuffle=False),
+            optimizer=decayed(rate, device), scheduler=on_time(60 * minutes, note), mixed_precision=precision, max_grad_norm=1.0,
+            checkpoint_every=checkpoint_every, keep_checkpoints=1, progress=False,
+        )  # fmt: skip
+    except OutOfTimeError:
+        ended = "time"
+    history = read_metrics(losses)
+    steps = [r for r in history if r["event"] == "step"]
+    evaluations = [{k: r[k] for k in ("step", "loss", "losses")} for r in history if r["event"] == "eval"]
+    found, kept = validation(lm, text.held, text.batch, precision == "no"), "last"
+    if evaluations and min(e["loss"] for e in evaluations) < sum(found["loss"]) / len(found["loss"]):
+        load_best(lm, work)
+        found, kept = validation(lm, text.held, text.batch, precision == "no"), "best"
+    taken = time.monotonic() - start
+    print(f"{name}: {len(steps)} steps, ended by {ended}, {kept} weights, validation {found}", flush=True)
+    return {
+        "recipe": repr(recipe), "steps": len(steps), "seconds": taken, "ended_by": ended, "kept": kept, "validation": found,
+        "evaluations": evaluations, "train_loss": [r["loss"] for r in steps[:: max(1, len(steps) // 200)]],
+        "tokens_seen": len(steps) * text.batch * text.held.shape[1],
+    }  # fmt: skip
+
+
 class Training:
     """Stages in a folder, each done once."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.out, self.budget = args, Path(args.out), Budget(args.minutes)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.precision = "bf16" if self.device.type == "cuda" else "no"
         self.out.mkdir(parents=True, exist_ok=True)
-        data = Path(args.data)
         with self.budget.part("text"):
-            self.tokenizer = small_tokenizer(data / "tokenizer", args.vocabulary)
-            end = self.tokenizer.token_to_id(END_OF_TEXT)
-            texts = [unpacked(data / "text" / f"books_{part}.txt.xz") for part in ("train", "val")]
-            if args.characters:
-                texts = [t[: args.characters] for t in texts]
-            ids = [torch.tensor([*encoded(self.tokenizer, t), end]) for t in texts]
-        self.stream = ids[0]
-        self.held = packed([ids[1]], None, args.tokens)[: args.held]
-        print(f"{len(ids[0])} tokens of {len(texts[0])} characters; held out: {len(self.held)} blocks of {args.tokens}", flush=True)
+            self.tokenizer = small_tokenizer(Path(args.data) / "tokenizer", args.vocabulary)
+            self.text = Text.read(args, self.tokenizer)
         self.sheet = self.out / "training.json"
         self.done: dict[str, Any] = json.loads(self.sheet.read_text()) if self.sheet.is_file() else {}
-        self.done |= {"settings": {k: v for k, v in vars(args).items() if k != "run"}, "environment": environment(self.device)}
+        self.done |= {"settings": vars(args), "environment": environment(self.device)}
 
     def finish(self, stage: str, **found: Any) -> None:
         self.done.setdefault("stages", {})[stage] = found
@@ -185,42 +248,7 @@ class Training:
         return stage in self.done.get("stages", {})
 
     def fit(self, name: str, lm: LanguageModel, recipe: Recipe, minutes: float, rate: float) -> dict[str, Any]:
-        """Train until the steps or the minutes are over, whichever comes first; the weights that evaluated best stay."""
-        args, work = self.args, self.out / "work" / name
-        turns = max(1, args.passes // args.epochs)
-        loader: Any = DataLoader(Shifted(self.stream, args.tokens, turns), batch_size=args.batch, shuffle=True, drop_last=True)
-        losses = work / "metrics.jsonl"
-
-        def note(step: int, share: float, spent: float) -> None:
-            last = [r for r in read_metrics(losses)[-3:] if r["event"] == "step"]
-            shown = {k: round(v, 3) for k, v in last[-1]["losses"].items()} if last else {}
-            print(f"  {name}: step {step}, {share:.0%}, {spent:.0f} s, {1e3 * spent / max(1, step):.0f} ms a step, {shown}", flush=True)
-
-        start = time.monotonic()
-        ended = "steps"
-        try:
-            fit(
-                lm, loader, recipe, epochs=args.epochs, output_dir=work, eval_loader=text_loader(self.held, args.batch, shuffle=False),
-                optimizer=decayed(rate, self.device), scheduler=on_time(60 * minutes, note), mixed_precision=self.precision,
-                max_grad_norm=1.0, checkpoint_every=args.checkpoint_every, keep_checkpoints=1, progress=False,
-            )  # fmt: skip
-        except OutOfTimeError:
-            ended = "time"
-        history = read_metrics(losses)
-        steps = [r for r in history if r["event"] == "step"]
-        evaluations = [{k: r[k] for k in ("step", "loss", "losses")} for r in history if r["event"] == "eval"]
-        found = validation(lm, self.held, args.batch, self.precision == "no")
-        kept = "last"
-        if evaluations and min(e["loss"] for e in evaluations) < sum(found["loss"]) / len(found["loss"]):
-            load_best(lm, work)
-            found, kept = validation(lm, self.held, args.batch, self.precision == "no"), "best"
-        taken = time.monotonic() - start
-        print(f"{name}: {len(steps)} steps, ended by {ended}, {kept} weights, validation {found}", flush=True)
-        return {
-            "recipe": repr(recipe), "steps": len(steps), "seconds": taken, "ended_by": ended, "kept": kept, "validation": found,
-            "evaluations": evaluations, "train_loss": [r["loss"] for r in steps[:: max(1, len(steps) // 200)]],
-            "tokens_seen": len(steps) * args.batch * args.tokens,
-        }  # fmt: skip
+        return fit_on_time(name, lm, recipe, self.text, self.out / "work" / name, minutes, rate, self.args.checkpoint_every)
 
     def model(self) -> None:
         """Model and shallow exits together."""
@@ -238,7 +266,7 @@ class Training:
         model = LlamaForCausalLM(config).to(self.device)
         lm = attach_lm(model, args.exits, Shared())
         count = sum(p.numel() for p in model.parameters())
-        print(f"{count / 1e6:.1f} M parameters, {len(self.stream) / args.tokens / args.batch:.0f} steps a pass", flush=True)
+        print(f"{count / 1e6:.1f} M parameters, {len(self.text.stream) / args.tokens / args.batch:.0f} steps a pass", flush=True)
         with self.budget.part("model"):
             found = self.fit("model", lm, recipe_of(args, args.exits), args.share * args.minutes, args.rate)
         model.to(torch.bfloat16).save_pretrained(self.out / "model")
@@ -278,7 +306,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--data", required=True, help="folder with text/, tokenizer/ and prompts/")
     parser.add_argument("--out", default="runs/lm")
-    parser.add_argument("--minutes", type=float, default=8.5, help="budget of the whole call")
+    parser.add_argument("--minutes", type=float, default=7.0, help="budget of the whole call")
     parser.add_argument("--share", type=float, default=0.6, help="of the minutes that the model may take; its heads share the rest")
     parser.add_argument("--reserve", type=float, default=0.4, help="minutes kept back for loading and saving")
     parser.add_argument("--tokens", type=int, default=512, help="of a block of text")
