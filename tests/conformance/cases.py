@@ -97,6 +97,7 @@ CASES: tuple[Case, ...] = (
     _text("calm", threshold=0.1),
     _text("ee-llm", threshold=0.1),
     Case("eero", conv, images),
+    _text("elastic-cache", drift=0.995, window=4, confidence=0.06),
     _text("eesd"),
     _text("free", blocks=BLOCKS, exit_after=2),
     _text("kangaroo"),

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from offramp import systems
-from offramp.cli import reproduce, reproduce_text
+from offramp.cli import reproduce, reproduce_text, reproduce_unmask
 from offramp.core.parts import part_to_dict
 from offramp.core.system import Card, System
 from offramp.network import attach
@@ -22,11 +22,12 @@ from cases import CASES, Case
 
 NAMES = systems.list_systems()
 CONFIGS = Path(__file__).resolve().parents[2] / "benchmarks" / "configs"
-CLASSIFY, GENERATE = ([n for n in NAMES if systems.load_card(n).engine == engine] for engine in ("classify", "generate"))
+CLASSIFY, GENERATE, UNMASK = ([n for n in NAMES if systems.load_card(n).engine == engine] for engine in ("classify", "generate", "unmask"))
 METRICS = {
     "classify": {"accuracy", "drop", "gain_over_fixed", "gain_over_random", "gain_over_static", "excess"},
     "generate": {"agreement", "perplexity_ratio", "acceptance", "tokens_per_round", "blocks_share", "speedup", "gain_over_fixed",
                  "gain_over_static", "excess"},
+    "unmask": {"agreement", "gain_over_fixed"},
 }  # fmt: skip
 AXIS_OF = {
     "rule": "rule",
@@ -142,6 +143,17 @@ def test_reproduction_of_text(name: str) -> None:
             assert systems.way(built) == built.draft
         for blocks in getattr(getattr(built.fill, "schedule", None), "blocks", None), getattr(built.recipe, "blocks", None):
             assert blocks is None or blocks == settings.blocks, "the builder's blocks are those of the variant"
+
+
+@pytest.mark.parametrize("name", UNMASK)
+def test_reproduction_of_masks_filled_in(name: str) -> None:
+    path = CONFIGS / f"{name}.toml"
+    assert set(reproduce_unmask.variants(path)) == {"tiny", "books"}
+    for variant in reproduce_unmask.variants(path):
+        settings = reproduce_unmask.load_settings(path, variant)
+        assert len(settings.seeds) >= 3 and len(settings.intervals) >= 5, "the control"
+        for key, values in settings.sweep.items():
+            assert all(systems.build(name, **{**settings.system, key: value}).card.name == name for value in values)
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.system in CLASSIFY], ids=lambda c: c.system)

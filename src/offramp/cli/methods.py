@@ -11,7 +11,7 @@ import typer
 
 from offramp import systems
 from offramp.cli import reproduce as reproducing
-from offramp.cli import reproduce_text
+from offramp.cli import reproduce_text, reproduce_unmask
 from offramp.cli.base import (
     METHODS,
     app,
@@ -23,7 +23,9 @@ from offramp.core.errors import InvalidInput
 
 @command(app, "systems", METHODS)
 def list_them(
-    engine: Annotated[str | None, typer.Option(help="Only those of one engine: classify, generate, denoise, stream, split.")] = None,
+    engine: Annotated[
+        str | None, typer.Option(help="Only those of one engine: classify, generate, unmask, denoise, stream, split.")
+    ] = None,
 ) -> None:
     """List the published methods.
 
@@ -121,12 +123,17 @@ def reproduce(
             variant = variant or "tiny"
             texts = reproduce_text.load_settings(file, variant)
             result = reproduce_text.reproduce(card.name, texts, variant=variant, **common)
+        elif card.engine == "unmask":
+            variant = variant or "tiny"
+            masks = reproduce_unmask.load_settings(file, variant)
+            result = reproduce_unmask.reproduce(card.name, masks, variant=variant, **common)
         else:
             variant = variant or "digits"
             settings = reproducing.load_settings(file, variant)
             result = reproducing.reproduce(card.name, settings, variant=variant, **common)
-    if card.engine == "generate":
-        table(_title(result, "mean"), *reproduce_text.table_rows(result))
+    if card.engine in ("generate", "unmask"):
+        shown = reproduce_text if card.engine == "generate" else reproduce_unmask
+        table(_title(result, "mean"), *shown.table_rows(result))
         _show_verdict(result)
     else:
         _show_result(result)

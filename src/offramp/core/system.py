@@ -36,6 +36,10 @@ class Predicate:
     - ``gain_over_static``: agreement minus that of a smaller model trained alone, or mix of two, at equal cost;
     - ``excess``: disagreement that was measured minus what was asked for.
 
+    What ways of filling in masks are measured by: ``cost`` (FLOPs of whole texts over those of no cache; the budget), ``agreement`` (share
+    of the tokens that no cache writes there too), ``gain_over_fixed`` (agreement minus that of a refresh at fixed intervals, or mix of two,
+    at equal cost).
+
     Attributes:
         metric: what is compared, by its name above.
         relation: how.
@@ -78,7 +82,7 @@ class Card:
         name: the method's published short name; the file is named after it.
         title: of the paper.
         year: of publication.
-        engine: ``classify``, ``generate``, ``denoise``, ``stream`` or ``split``.
+        engine: ``classify``, ``generate``, ``unmask``, ``denoise``, ``stream`` or ``split``.
         delta_from: the method it changes, or ``""``.
         delta: what it changes, by named axis (``head``, ``score``, ``rule``, ``train``, ``calibrate``, ``axis``).
         lossless: outputs equal the base model's.
@@ -96,7 +100,7 @@ class Card:
     authors: str
     year: int
     venue: str
-    engine: Literal["classify", "generate", "denoise", "stream", "split"]
+    engine: Literal["classify", "generate", "unmask", "denoise", "stream", "split"]
     claim: str
     bibtex: str
     delta_from: str = ""

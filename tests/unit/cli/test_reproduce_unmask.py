@@ -1,0 +1,111 @@
+"""Reproductions of systems that fill in masks: settings, and a whole one on a text that is made up."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import lzma
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from masked_models import MASK, looking_both_ways
+from offramp import systems
+from offramp.cli.reproduce_unmask import UnmaskSettings, judged, load_settings, measured, read_text, reproduce, table_rows, variants
+from offramp.core.errors import InvalidInput
+from offramp.core.system import Predicate
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+CONFIG = Path(__file__).resolve().parents[3] / "benchmarks" / "configs" / "elastic-cache.toml"
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> str:
+    """Words that follow one another in a fixed order, from anywhere in it."""
+    words = ["alpha ", "beta ", "gamma ", "delta "]
+    source = random.Random(0)
+    lines = ["".join(words[(source.randrange(4) + k) % 4] for k in range(source.randrange(3, 9))) for _ in range(400)]
+    path = tmp_path / "words.txt.xz"
+    path.write_bytes(lzma.compress("\n".join(lines).encode()))
+    return str(path)
+
+
+def small(**options: object) -> UnmaskSettings:
+    given = UnmaskSettings(
+        blocks=3, width=32, heads=2, steps=12, length=32, batch_size=8, prompts=3, prompt_length=8, new_tokens=12, intervals=(2, 4, 64),
+        block_size=4, draws=2, timed=1, rounds=1, sweep={"drift": (-2.0, 0.9, 1.1)}, seeds=(0, 1), system={"window": 4, "confidence": 0.3},
+    )  # fmt: skip
+    return dataclasses.replace(given, **options)  # type: ignore[arg-type]
+
+
+def test_a_whole_one(text: str) -> None:
+    said: list[str] = []
+    result = reproduce("elastic-cache", small(), variant="tiny", data=text, say=said.append)
+    again = json.loads(json.dumps(result))
+    assert again["system"] == "elastic-cache" and again["verdict"] and len(again["seeds"]) == 2 and said
+    for seed in result["seeds"]:
+        never, middle, always = seed["budgets"]
+        assert always["agreement"] == always["same_text"] == 1.0 and always["cost"] > 1.0
+        assert never["refresh_rate"] == 0.0 and never["cost"] < 1.0 and never["share"] <= middle["share"] <= always["share"]
+        assert seed["full"]["cost"] == seed["full"]["agreement"] == 1.0 and seed["blocks"][0]["agreement"] == 1.0
+        assert [r["name"] for r in seed["fixed"]] == ["every 2 steps", "every 4 steps", "every 64 steps"]
+        assert all(0 <= r["agreement"] <= 1 and r["nll"] > 0 for r in (*seed["fixed"], *seed["blocks"], *seed["budgets"]))
+    columns, rows = table_rows(result)
+    assert len(rows) == 3 + 3 + 3 and all(len(r) == len(columns) for r in rows)
+
+
+def test_the_configuration_is_one() -> None:
+    assert set(variants(CONFIG)) == {"tiny", "books"}
+    for variant in variants(CONFIG):
+        settings = load_settings(CONFIG, variant)
+        assert len(settings.seeds) >= 3 and settings.sweep["drift"] and len(settings.intervals) >= 5
+        for drift in settings.sweep["drift"]:
+            assert systems.build("elastic-cache", **settings.system, drift=drift).fill.refresh.drift == drift
+
+
+def test_what_is_measured() -> None:
+    rows = [{"budget": 0.4, "gain_over_fixed": 0.1}, {"budget": 0.8, "gain_over_fixed": 0.3}, {"budget": 1.2, "gain_over_fixed": 9.0}]
+    assert measured(Predicate("gain_over_fixed", ">=", 0.0), rows) == pytest.approx(0.2)
+    assert measured(Predicate("gain_over_fixed", ">=", 0.0, over="worst"), rows) == 0.1
+    assert measured(Predicate("agreement", ">=", 0.0), rows) is None
+
+
+def test_texts_are_judged_by_what_follows_the_prompt_alone() -> None:
+    model = looking_both_ways("llama", torch.float32)
+    tokens = torch.randint(3, 90, (2, 12), generator=torch.Generator().manual_seed(0))
+    both, first = judged(model, tokens, 4, MASK, 3), judged(model, tokens[:1], 4, MASK, 3)
+    assert both.shape == (2,) and (both > 0).all() and first.shape == (1,)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [({"steps": 0}, "at least 1"), ({"seeds": ()}, "must not be empty"), ({"new_tokens": 1}, "new_tokens and length 2")],
+)
+def test_settings_that_are_refused(change: dict[str, object], said: str) -> None:
+    with pytest.raises(InvalidInput, match=said):
+        small(**change)
+
+
+def test_texts_that_are_refused(tmp_path: Path, text: str) -> None:
+    with pytest.raises(InvalidInput, match="--data"):
+        read_text(small(), None)
+    with pytest.raises(InvalidInput, match="No text at"):
+        read_text(small(), str(tmp_path / "none.txt"))
+    (tmp_path / "short.txt").write_text("too short")
+    with pytest.raises(InvalidInput, match="too few"):
+        read_text(small(), str(tmp_path / "short.txt"))
+    assert read_text(small(), text).alphabet == "".join(sorted(set("alpha beta gamma delta \n")))
+
+
+def test_configurations_that_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.toml").write_text("[tiny]\nblocks = 2\nwidht = 3\n")
+    with pytest.raises(InvalidInput, match="widht"):
+        load_settings(tmp_path / "x.toml", "tiny")
+    (tmp_path / "y.toml").write_text("[tiny]\nblocks = 2\n")
+    with pytest.raises(InvalidInput, match="'width' is missing"):
+        load_settings(tmp_path / "y.toml", "tiny")
+    with pytest.raises(InvalidInput, match="no variant 'huge'"):
+        load_settings(tmp_path / "y.toml", "huge")
