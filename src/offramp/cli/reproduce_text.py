@@ -425,4 +425,16 @@ def table_rows(result: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[s
     return ("", *(k.replace("_", " ") for k in used)), rows
 
 
-__all__ = ["Bases", "TextSettings", "conclude", "load_corpus", "load_settings", "measured", "reproduce", "table_rows", "variants"]
+__all__ = [
+    "Bases",
+    "TextSettings",
+    "conclude",
+    "load_corpus",
+    "load_settings",
+    "measure_seed",
+    "measured",
+    "prepare",
+    "reproduce",
+    "table_rows",
+    "variants",
+]
