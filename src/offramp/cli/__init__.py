@@ -8,6 +8,7 @@ from offramp.cli import work  # noqa: F401
 from offramp.cli import trial  # noqa: F401
 from offramp.cli import probing  # noqa: F401
 from offramp.cli import generate  # noqa: F401
+from offramp.cli import export_draft  # noqa: F401
 from offramp.cli import methods  # noqa: F401
 # isort: on
 

@@ -20,6 +20,7 @@ from offramp.core.errors import InvalidInput
 from offramp.engines.generate import generate
 from offramp.engines.written import Generation
 from offramp.language import LanguageModel, attach_lm, load_lm
+from offramp.measure.text_report import pieces, text_report
 from offramp.policies.decoding import Accept, CatchUp, Copy, Fill, Plain, Recompute, Verify, Way
 from offramp.policies.draft_stop import BelowProbability, FixedLength
 
@@ -110,14 +111,15 @@ def generate_text(
         bool, typer.Option("--show", help="Colour tokens by the depth that decided them, and say what the drafts did.")
     ] = False,
     out: Annotated[Path | None, typer.Option(help="File for token ids, depths and counts (JSON).")] = None,
+    report: Annotated[Path | None, typer.Option(help="File for the texts in colours, with what the drafts did (HTML).")] = None,
 ) -> None:
     """Continue texts with a language model, each token as deep as it needs.
 
     Example: `offramp generate --model ./llama --prompt "Once upon a time" --mode verify --exit 4 --draft-length 5 --show`
     """
     how.chosen(0)  # a wrong mode is said before anything is loaded
-    loaded, tokenizer = _open(model, dtype, device)
-    lm, exit_index = _exits(loaded, how)
+    loaded, tokenizer = open_language_model(model, dtype, device)
+    lm, exit_index = exits_of(loaded, how)
     mode = how.chosen(exit_index)
     found = generate(lm, text.prompt, mode, tokenizer=tokenizer, **text.arguments())
     for row, prompt in enumerate(text.prompt):
@@ -130,9 +132,11 @@ def generate_text(
         _summary(found, mode, len(lm.decoder))
     if out is not None:
         write_json(out, _record(found, how.mode))
+    if report is not None:
+        text_report(report, generation=found, blocks=len(lm.decoder), tokenizer=tokenizer)
 
 
-def _open(path: str, dtype: str, device: str | None) -> tuple[Any, Any]:
+def open_language_model(path: str, dtype: str, device: str | None) -> tuple[Any, Any]:
     """The model in evaluation mode and its tokenizer."""
     if dtype not in DTYPES:
         raise InvalidInput(f"--dtype is one of {', '.join(DTYPES)}, got {dtype!r}.")
@@ -148,7 +152,7 @@ def _open(path: str, dtype: str, device: str | None) -> tuple[Any, Any]:
     return model.to(where).eval(), tokenizer
 
 
-def _exits(model: Any, how: HowFlags) -> tuple[LanguageModel, int]:
+def exits_of(model: Any, how: HowFlags) -> tuple[LanguageModel, int]:
     """The model with its exits, and which of them is used."""
     if how.heads is not None:
         lm = load_lm(model, how.heads)
@@ -157,30 +161,6 @@ def _exits(model: Any, how: HowFlags) -> tuple[LanguageModel, int]:
             raise InvalidInput(f"{how.heads} has exits after {', '.join(map(str, lm.exits))} blocks, not after {after}.")
         return lm, lm.exits.index(after)
     return attach_lm(model, [how.exit if how.exit is not None else max(1, model.config.num_hidden_layers // 8)]), 0
-
-
-def pieces(tokenizer: Any, before: Sequence[int], ids: Sequence[int]) -> list[str]:
-    """What each token adds to the text, special tokens nothing.
-
-    A token that only begins a character adds nothing; the one that ends it adds all of it.
-
-    Args:
-        tokenizer: of transformers.
-        before: ids of the prompt, so that the first piece has the space that belongs to it.
-        ids: the tokens.
-    """
-    tokens = list(before[-8:])
-    whole = tokenizer.decode(tokens, skip_special_tokens=True)
-    out = []
-    for place, token in enumerate(ids):
-        tokens.append(token)
-        text = tokenizer.decode(tokens, skip_special_tokens=True)
-        if text.endswith("\ufffd") and place + 1 < len(ids):
-            out.append("")
-            continue
-        out.append(text[len(whole) :])
-        whole = text
-    return out
 
 
 def coloured(prompt: str, added: Sequence[str], depths: Sequence[int], blocks: int) -> Text:

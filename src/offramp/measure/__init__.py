@@ -6,6 +6,7 @@ from offramp.measure.hardware import Ceilings, ceilings
 from offramp.measure.pareto import Curve, Point, curve, relative_score
 from offramp.measure.quality import ItemQuality, Outcome, item_quality, outcome
 from offramp.measure.report import report
+from offramp.measure.text_report import text_report
 
 __all__ = [
     "Ceilings",
@@ -26,4 +27,5 @@ __all__ = [
     "outcome",
     "relative_score",
     "report",
+    "text_report",
 ]

@@ -283,7 +283,13 @@ def pareto_chart(
 
 
 def exit_histogram(
-    shares: Tensor, exits: Sequence[str], *, key: str, title: str = "Where items leave", expected: Sequence[float] = ()
+    shares: Tensor,
+    exits: Sequence[str],
+    *,
+    key: str,
+    title: str = "Where items leave",
+    expected: Sequence[float] = (),
+    words: tuple[str, str] = ("items", "exit"),
 ) -> Picture:
     """Share of items leaving at each exit.
 
@@ -293,10 +299,11 @@ def exit_histogram(
         key: prefix of ids, unique in the page.
         title: short.
         expected: K shares that the plan foresaw, drawn as ticks; none if empty.
+        words: what is counted, and where.
     """
     values = [float(s) for s in shares]
     with _figure(4.2, 2.6) as (figure, ax):
-        bars = ax.bar(range(len(values)), values, width=0.66, color=BLUE, zorder=2, label="these items")
+        bars = ax.bar(range(len(values)), values, width=0.66, color=BLUE, zorder=2, label=f"these {words[0]}")
         if expected:
             ax.hlines(
                 list(expected),
@@ -323,14 +330,18 @@ def exit_histogram(
         _percent_axis(ax.yaxis)
         ax.set_ylim(0, 1.16 * max([*values, *expected, 1e-9]))
         _exit_ticks(ax, exits)
-        ax.set_ylabel("share of items")
-        ax.set_xlabel("exit")
+        ax.set_ylabel(f"share of {words[0]}")
+        ax.set_xlabel(words[1])
         svg = _svg(figure, key)
     rows = tuple(
         (n, percent(v, 2), *([percent(expected[k], 2)] if expected else [])) for k, (n, v) in enumerate(zip(exits, values, strict=True))
     )
-    alt = "Share of items leaving at each exit: " + ", ".join(f"{n} {percent(v)}" for n, v in zip(exits, values, strict=True)) + "."
-    return Picture(svg, alt, title, ("exit", "these items", *(["foreseen"] if expected else [])), rows)
+    alt = (
+        f"Share of {words[0]} leaving at each {words[1]}: "
+        + ", ".join(f"{n} {percent(v)}" for n, v in zip(exits, values, strict=True))
+        + "."
+    )
+    return Picture(svg, alt, title, (words[1], f"these {words[0]}", *(["foreseen"] if expected else [])), rows)
 
 
 def reliability_diagram(diagram: Reliability, name: str, *, key: str) -> Picture:

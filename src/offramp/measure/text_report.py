@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 from typing import Any, Protocol
@@ -38,6 +39,8 @@ class Written(Protocol):
     audited: int
     disagreed: int
     deep_passes: int
+    blocks_run: int
+    blocks_plain: int
     prompts: list[list[int]]
 
 
@@ -155,13 +158,8 @@ def _texts(generation: Written, used: Sequence[int], blocks: int, tokenizer: Any
 
 def _summary(generation: Written, depths: Sequence[int], blocks: int) -> str:
     early = sum(d < blocks for d in depths)
-    share = wilson(early, len(depths))
     items = [
-        (
-            "decided before the end",
-            percent(early / len(depths)),
-            f"of {len(depths):,} tokens ({percent(share.low)} to {percent(share.high)})",
-        ),
+        ("decided before the end", percent(early / len(depths)), f"{early:,} of {len(depths):,} tokens"),
         ("mean depth", f"{sum(depths) / len(depths):.2f}", f"of {blocks} blocks"),
     ]
     if sum(generation.drafted):
@@ -178,6 +176,11 @@ def _summary(generation: Written, depths: Sequence[int], blocks: int) -> str:
                 f"{generation.disagreed:,} of {generation.audited:,} that a full pass has seen ({percent(off.low)} to {percent(off.high)})",
             )
         )
+    if generation.blocks_plain:
+        share = generation.blocks_run / generation.blocks_plain
+        items.append(
+            ("blocks run", percent(share), "of plain decoding's, counted token by token; rejected drafts and catching up included")
+        )
     return tiles(items)
 
 
@@ -185,36 +188,23 @@ def _depth(depths: Sequence[int], used: Sequence[int], blocks: int) -> str:
     counts = [sum(d == u for d in depths) for u in used]
     names = [f"after {u}" if u < blocks else f"all {blocks}" for u in used]
     shares = torch.tensor(counts, dtype=torch.float64) / len(depths)
-    picture = plots.exit_histogram(shares, names, key="depth", title="Depth that decided a token")
-    return figure(picture) + table(
-        ("blocks", "tokens", "share"),
-        [(n, f"{c:,}", percent(c / len(depths))) for n, c in zip(names, counts, strict=True)],
-        "Tokens by depth",
-    )
+    drawn = plots.exit_histogram(shares, names, key="depth", title="Depth that decided a token", words=("tokens", "depth"))
+    numbers = tuple((name, f"{count:,}", percent(count / len(depths))) for name, count in zip(names, counts, strict=True))
+    alt = drawn.alt.replace("leaving at", "decided at")
+    return f'<div class="pair">{figure(replace(drawn, alt=alt, header=("blocks", "tokens", "share"), rows=numbers))}</div>'
 
 
 def _drafts(generation: Written) -> str:
     rows = []
     for place, (tried, kept) in enumerate(zip(generation.drafted, generation.accepted, strict=True), 1):
-        if not tried:
-            continue
-        before = generation.accepted[place - 2] if place > 1 else tried
-        share, here = wilson(kept, tried), wilson(kept, max(kept, min(tried, before)))
-        rows.append(
-            (
-                str(place),
-                f"{tried:,}",
-                f"{kept:,}",
-                f"{percent(share.value)} ({percent(share.low)} to {percent(share.high)})",
-                percent(here.value),
-            )
-        )
+        if tried:
+            share = wilson(kept, tried)
+            rows.append((str(place), f"{tried:,}", f"{kept:,}", percent(share.value), f"{percent(share.low)} to {percent(share.high)}"))
     if not rows:
         return ""
-    header = ("place", "tried", "kept", "kept of tried", "kept of those whose predecessors were kept")
-    return table(header, rows, "Drafts by their place in a round") + paragraph(
-        "A draft is kept only if those before it in its round were, so shares fall with the place. Intervals are 95 %, as if drafts were "
-        "independent, which drafts of one text are not.",
+    return table(("place", "tried", "kept", "acceptance", "interval"), rows, "Drafts by their place in a round") + paragraph(
+        "A draft is kept only if those before it in its round were, so acceptance falls with the place. Intervals are 95 %, as if drafts "
+        "were independent, which drafts of one text are not.",
         "fine",
     )
 
