@@ -108,9 +108,8 @@ def unmask(
     with torch.inference_mode(), evaluating(lm.model):
         texts = _begin(lm, prompts, gen_length, way.refresh.drift is not None)
         ending = torch.tensor(sorted(ends), dtype=torch.int64, device=lm.device)
-        done: dict[int, Texts] = {}
+        result = _nothing_yet(lm, prompts)
         history: list[Tensor] = []
-        cache_bytes = 0
         while True:
             scope = way.order.scope(texts.masked, texts.start)
             progress = Progress(scope, texts.recent, texts.age, texts.low, texts.valid)
@@ -119,10 +118,9 @@ def unmask(
             counts = torch.stack([texts.masked.sum(1), need.sum(1), scope.candidates.sum(1), due.long()])
             masks, needed, candidates, whole = counts.tolist()  # the host's look
             if not all(masks):
-                cache_bytes = max(cache_bytes, texts.cache.bytes)
+                result.cache_bytes = max(result.cache_bytes, texts.cache.bytes)
                 for row in (row for row, count in enumerate(masks) if not count):
-                    one = texts.take(torch.tensor([row], device=lm.device))
-                    done[int(one.ids)] = one
+                    _record(lm, result, texts, row, set(ends))
                 if not any(masks):
                     break
                 texts = texts.take(torch.tensor([row for row, count in enumerate(masks) if count], device=lm.device))
@@ -133,7 +131,9 @@ def unmask(
             all_new = step.origin == 0
             texts.age, texts.low = torch.where(all_new, 0, texts.age + 1), torch.where(all_new, scope.low, texts.low)
             _fill_in(lm, texts, step, hidden, way.confidence, ending)
-        return _result(lm, prompts, [done[row] for row in range(len(prompts))], history, set(ends), cache_bytes)
+        for row, origin in torch.cat(history, dim=1).T.tolist():
+            result.refreshed[row].append(origin)
+        return result
 
 
 def _begin(lm: MaskedLM, prompts: Sequence[Sequence[int]], gen_length: int, watch: bool) -> Texts:
@@ -200,24 +200,24 @@ def _fill_in(lm: MaskedLM, texts: Texts, step: UnmaskStep, hidden: Tensor, confi
         texts.masked = texts.masked & before
 
 
-def _result(
-    lm: MaskedLM, prompts: Sequence[Sequence[int]], done: Sequence[Texts], history: Sequence[Tensor], ends: set[int], cache_bytes: int
-) -> Unmasked:
-    found = Unmasked([[int(t) for t in p] for p in prompts], len(lm), refreshed=[[] for _ in prompts], cache_bytes=cache_bytes)
-    for row, origin in torch.cat(list(history), dim=1).T.tolist():
-        found.refreshed[row].append(origin)
-    for one in done:
-        start, total, steps, pairs, looks, read = (int(t) for t in (one.start, one.total, one.steps, one.pairs, one.looks, one.read))
-        new = one.tokens[0, start:total].tolist()
-        last = next((i for i, token in enumerate(new) if token in ends), len(new) - 1)
-        found.tokens.append(new[: last + 1])
-        found.steps.append(steps)
-        found.pairs.append(pairs)
-        found.full_pairs.append(steps * total * len(lm))
-        logits = read * lm.head_flops()
-        found.flops.append(pairs * lm.block_flops(total) + looks * lm.look_flops(total) + logits)
-        found.full_flops.append(steps * total * len(lm) * lm.block_flops(total) + logits)
+def _nothing_yet(lm: MaskedLM, prompts: Sequence[Sequence[int]]) -> Unmasked:
+    found = Unmasked([[int(t) for t in p] for p in prompts], len(lm), [[] for _ in prompts], refreshed=[[] for _ in prompts])
+    for counts in (found.steps, found.pairs, found.full_pairs, found.flops, found.full_flops):
+        counts.extend([0] * len(prompts))
     return found
+
+
+def _record(lm: MaskedLM, result: Unmasked, texts: Texts, row: int, ends: set[int]) -> None:
+    """Write down what became of a finished row."""
+    numbers = (texts.ids, texts.start, texts.total, texts.steps, texts.pairs, texts.looks, texts.read)
+    at, start, total, steps, pairs, looks, read = torch.stack([t[row] for t in numbers]).tolist()
+    new = texts.tokens[row, start:total].tolist()
+    last = next((i for i, token in enumerate(new) if token in ends), len(new) - 1)
+    result.tokens[at] = new[: last + 1]
+    result.steps[at], result.pairs[at], result.full_pairs[at] = steps, pairs, steps * total * len(lm)
+    logits = read * lm.head_flops()
+    result.flops[at] = pairs * lm.block_flops(total) + looks * lm.look_flops(total) + logits
+    result.full_flops[at] = result.full_pairs[at] * lm.block_flops(total) + logits
 
 
 __all__ = ["Unmasked", "unmask"]
