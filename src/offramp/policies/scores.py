@@ -35,7 +35,8 @@ def margin(logits: Tensor) -> Tensor:
 def negative_entropy(logits: Tensor) -> Tensor:
     """Minus the Shannon entropy in nats, in [-log C, 0] (BranchyNet, Teerapittayanon et al. 2016, section III-C)."""
     log_p = torch.log_softmax(_classes(logits), dim=-1)
-    return (log_p.exp() * log_p).sum(dim=-1)
+    p = log_p.exp()
+    return torch.where(p > 0, p * log_p, 0.0).sum(dim=-1)  # a class that is ruled out (logit minus infinity) adds nothing
 
 
 def negative_energy(logits: Tensor, temperature: float = 1.0) -> Tensor:

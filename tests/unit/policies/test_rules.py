@@ -259,6 +259,11 @@ def test_answers_of_two_classes():
     assert pure.uncertainty_features(logits)[0].tolist() == pytest.approx(features)
 
 
+def test_a_class_that_is_ruled_out_adds_no_entropy():
+    logits = torch.tensor([[math.log(3.0), float("-inf"), 0.0]])
+    assert torch.equal(pure.negative_entropy(logits), pure.negative_entropy(logits[:, [0, 2]]))
+
+
 def test_extreme_logits_stay_finite():
     logits = torch.tensor([[1e4, -1e4, 0.0], [-1e30, 1e30, 0.0]])
     for rule in (Confidence(), Margin(), Entropy(), Energy()):
