@@ -1,7 +1,7 @@
-"""Reproductions of all systems that write text, seed by seed: what several have in common is trained once, and results are saved as they come.
+"""Reproductions of all systems that write text, seed by seed: what they have in common is trained once, results are saved as they come.
 
-The same as `offramp reproduce NAME --variant tiny` for each of them. A seed that a result of the same settings already holds is not run again,
-so that a run that was stopped goes on.
+The same as `offramp reproduce NAME --variant tiny` for each of them. A seed that a result of the same settings already holds is not run
+again, so that a run that was stopped goes on.
 
     python benchmarks/text_systems.py --data tinyshakespeare.txt.xz
     python benchmarks/text_systems.py --data FOLDER --variant books --device cuda kangaroo eesd

@@ -34,7 +34,7 @@ from offramp.engines.generate import generate
 from offramp.language import LanguageModel, attach_lm
 from offramp.measure.clock import compare, environment
 from offramp.measure.pareto import Point, curve, interpolate, upper_hull
-from offramp.policies.decoding import Accept, Copy, Plain, Scheduled, Verify, Way
+from offramp.policies.decoding import Accept, Adapting, Copy, Plain, Scheduled, Verify, Way
 from offramp.policies.draft_stop import FixedLength
 from offramp.policies.threshold import Confidence
 from offramp.train.text_recipes import Skipping
@@ -198,6 +198,8 @@ def _row(
     if threshold is not None:
         row["threshold"] = [str(t) for t in threshold] if isinstance(threshold, tuple) else str(threshold)
     way = systems.way(system, threshold)
+    if isinstance(way, Accept) and isinstance(way.threshold, Adapting):
+        way = replace(way, threshold=_adapted(settings, corpus, seed, lm, way))
     found = write(lm, way, prompts, new)
     judge = trained.control if isinstance(way, Scheduled) else lm.model
     agreed = agreeing(judge, found)
@@ -310,6 +312,13 @@ def calibrated(
     looks, exits = tables["looks"], len(lm.exits)
     chosen: tuple[float, ...] = system.calibrator(looks.score.reshape(-1, exits), looks.agreed.reshape(-1, exits))
     return chosen
+
+
+def _adapted(settings: TextSettings, corpus: Corpus, seed: int, lm: LanguageModel, way: Accept) -> Any:
+    """A threshold that adapts, after it has seen held-out texts written."""
+    prompts = windows(corpus.calibration, settings.calibration_prompts, settings.prompt_length, seed + 2).tolist()
+    found = generate(lm, prompts, way, max_new_tokens=settings.new_tokens, do_sample=False, eos_token_id=[])
+    return found.learned if found.learned is not None else way.threshold
 
 
 # ---- the result ----------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from offramp.core.modes import evaluating
 from offramp.engines.generate import generate
 from offramp.exits.lm import OwnOutput
 from offramp.language import LanguageModel
-from offramp.policies.decoding import Plain, Way
+from offramp.policies.decoding import Accept, Plain, Way
 from offramp.train.recipe import Recipe
 from offramp.train.text import NextToken, TextNet
 
@@ -135,7 +135,7 @@ class Written:
 
 
 def write(lm: LanguageModel, way: Way, prompts: Sequence[Sequence[int]], new: int, *, together: bool = False) -> Written:
-    """Continue each prompt greedily by ``new`` tokens.
+    """Continue each prompt greedily by ``new`` tokens. A threshold that adapts goes on from text to text.
 
     Args:
         lm: the model with its exits.
@@ -155,6 +155,8 @@ def write(lm: LanguageModel, way: Way, prompts: Sequence[Sequence[int]], new: in
             drafted.append(found.drafted)
             accepted.append(found.accepted)
             rounds += found.deep_passes
+            if isinstance(way, Accept) and found.learned is not None:
+                way = replace(way, threshold=found.learned)
     later = len(prompts) * (new - 1)
     nan = float("nan")
     return Written(

@@ -6,7 +6,8 @@ calibrate = nothing beforehand, threshold = a mixture of two Beta distributions 
 Deviations from the released code (PyTorch, github.com/raymin0223/fast_robust_early_exit):
     - A decoder alone; the release is for T5, an encoder and a decoder.
     - At most ``cap`` tokens wait; in the release any number. Rows of a batch each wait for themselves; the release has one row.
-    - The mixture learns within one text and starts anew with the next; the release fits it over the first texts and keeps it.
+    - Each row's mixture learns while its text is written. The one given stays as it was: a run gives back what it has learned in all, to
+      be given to the next. The release keeps one mixture and fits it anew between texts.
     - The chosen deep states are spread evenly for any depth; the release lists them for 12 and 24 blocks.
 
 Checked against the released code's options and notes on it: the gap of the two likeliest tokens as the score, the stack of waiting tokens
