@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from offramp.diffusion import BoundPoint, Call, DenoisingNet
 from offramp.engines.denoise_report import Report, StepRecord
-from offramp.engines.denoise_step import SegmentCall, Walk, run_segment
+from offramp.engines.denoise_step import Eager, Runner, Walk
 from offramp.engines.trajectory import Branch, Trajectory
 from offramp.policies.denoising import Moment, Point
 
@@ -35,20 +35,18 @@ class Denoiser(nn.Module):
         net: from `attach_denoiser`.
         points: the plan; without points it is the plain model.
         observe: note every measured score in the report, for calibration.
-
-    Attributes:
-        segment: runs one segment; replace it to run compiled ones.
+        run: runs the segments; by default as they were exported, eagerly. `offramp.engines.denoise_graphs.Captured` compiles and captures.
 
     Raises:
         InvalidInput: a point has no such place or its fill does not fit.
     """
 
-    def __init__(self, net: DenoisingNet, points: Sequence[Point] = (), *, observe: bool = False) -> None:
+    def __init__(self, net: DenoisingNet, points: Sequence[Point] = (), *, observe: bool = False, run: Runner | None = None) -> None:
         super().__init__()
         self.net = net
         self.points = tuple(points)
         self.observe = observe
-        self.segment: SegmentCall = run_segment
+        self.run: Runner = run if run is not None else Eager()
         self.trajectory = Trajectory()
         self._bound: dict[Any, tuple[BoundPoint, ...]] = {}
         self._schedule: Any = None
@@ -100,7 +98,7 @@ class Denoiser(nn.Module):
             if self.trajectory.step == 0 and self.trajectory.branch == 0:
                 self._records.clear()
             record = StepRecord(self.trajectory.branch, self.trajectory.step, log_snr, made.spec.flops)
-            walk = Walk(made, points, branch, moment, sample, final, why, self.segment, record, self.observe)
+            walk = Walk(made, points, branch, moment, sample, final, why, self.run, record, self.observe)
             output = made.end(walk.all(made.begin(**call.kwargs)))
             self._records.append(record)
             self._peak = max(self._peak, self.trajectory.cache_bytes)

@@ -6,8 +6,9 @@ Shapes: ``B`` rows of a call, ``R`` of them at hand.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -19,13 +20,29 @@ from offramp.engines.denoise_report import StepRecord
 from offramp.engines.trajectory import Branch, Memory
 from offramp.policies.denoising import Measured, Moment, Scheduled, Seen
 
-SegmentCall = Callable[[Cut, CutState], CutState]
-"""Runs the next segment of a state: the one place where compiled or captured segments go."""
+
+class Runner(Protocol):
+    """Runs segments: the one place where compiled or captured ones go.
+
+    Attributes:
+        reuses: whether the tensors it returns are written over by its next call, so that what outlives this call must be copied.
+    """
+
+    @property
+    def reuses(self) -> bool: ...
+
+    def __call__(self, cut: Cut, state: CutState, stop: int) -> CutState:
+        """The state at boundary ``stop``. No decision falls between."""
+        ...
 
 
-def run_segment(cut: Cut, state: CutState) -> CutState:
-    """The next segment, as it was exported."""
-    return cut.run(state, state.at, state.at + 1)
+class Eager:
+    """Segments as they were exported."""
+
+    reuses = False
+
+    def __call__(self, cut: Cut, state: CutState, stop: int) -> CutState:
+        return cut.run(state, state.at, stop)
 
 
 @dataclass
@@ -69,7 +86,7 @@ class Walk:
     sample: Tensor
     final: list[bool]
     why: str
-    run: SegmentCall
+    run: Runner
     record: StepRecord
     observe: bool = False
 
@@ -82,10 +99,11 @@ class Walk:
         self.since = {p.since for p in self.points if p.since is not None}
 
     def all(self, state: CutState) -> CutState:
-        """From the first boundary to the last."""
+        """From the first boundary to the last, stopping where a point or its signal has something to see."""
         last = len(self.cut.segments)
+        stops = sorted({0, last, *self.since, *(b for p in self.points for b in (p.start, p.stop))})
         group: _Group | None = _Group(list(range(self.rows)), state)
-        for boundary in range(last + 1):
+        for boundary, following in zip(stops, [*stops[1:], last], strict=True):
             group = self._joined([*([group] if group else []), *self.landing.pop(boundary, [])])
             if group is None:
                 continue
@@ -104,17 +122,21 @@ class Walk:
             for point in self.points:
                 if point.start == boundary and point.point.remembers:
                     self._open(point, group)
-            state = self.run(self.cut, group.state)
+            state = self.run(self.cut, group.state, following)
+            spent = sum(s.flops for s in self.cut.spec.segments[boundary:following])
             for r in group.rows:
-                self.record.depth[r] += 1
-                self.record.flops[r] += self.cut.spec.segments[boundary].flops
+                self.record.depth[r] += following - boundary
+                self.record.flops[r] += spent
             group = _Group(group.rows, state)
         if group is None:
             raise RuntimeError("No row reached the output; this is a defect in the walk over the boundaries.")
         for index, memory in enumerate(self.branch.memories):
             stored = self.record.stored.get(index, set())
             memory.skipped([r for r in range(self.rows) if r not in stored])
-        return self._rows_of(group, list(range(self.rows)))
+        state = self._rows_of(group, list(range(self.rows)))
+        if self.run.reuses and state is group.state:
+            state = replace(state, values={n: t.clone() for n, t in state.values.items()})
+        return state
 
     def _index(self, rows: Sequence[int]) -> Tensor:
         return torch.tensor(rows, dtype=torch.int64, device=self.sample.device)
@@ -272,8 +294,10 @@ class Walk:
             state = self._rows_of(group, rows)
             made = {n: state.values[n] for n in point.made}
             kept = dict(fill.remember({n: of(t) for n, t in opened.start.items()}, made))
-            if point.stop == len(self.cut.segments):  # the caller may write into what it is given
-                kept = {n: t.clone() for n, t in kept.items()}
+        watched = tuple(of(t) for t in opened.watched)
         where = None if rows == list(range(self.rows)) else self._index(rows)
-        self.branch.memories[point.index].store(rows, where, kept, tuple(of(t) for t in opened.watched), self.noise)
+        if where is None and (self.run.reuses or point.stop == len(self.cut.segments)):  # the caller may write into what it is given
+            kept = {n: t.clone() for n, t in kept.items()}
+            watched = tuple(t.clone() for t in watched)
+        self.branch.memories[point.index].store(rows, where, kept, watched, self.noise)
         self.record.stored[point.index] = set(rows)

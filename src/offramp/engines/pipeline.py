@@ -15,6 +15,7 @@ from offramp.core.errors import InvalidInput
 from offramp.core.noise import FlowMatching, NoiseScale
 from offramp.diffusion import DenoisingNet, attach_denoiser
 from offramp.engines.denoise import Denoiser
+from offramp.engines.denoise_step import Runner
 from offramp.policies.denoising import Point
 
 
@@ -28,6 +29,7 @@ def attach_pipeline(
     heads: Mapping[str, nn.Module] | None = None,
     net: DenoisingNet | None = None,
     observe: bool = False,
+    run: Runner | None = None,
 ) -> Any:
     """A view of a pipeline in which the denoiser carries out a plan. The pipeline is not changed, so detaching is to drop the view.
 
@@ -43,6 +45,7 @@ def attach_pipeline(
         heads: learned heads by module path.
         net: a denoiser attached before, instead of the last four.
         observe: note every measured score.
+        run: runs the segments; by default eagerly.
 
     Raises:
         InvalidInput: the pipeline has no denoiser or scheduler, or a point has no such place or does not fit.
@@ -57,7 +60,7 @@ def attach_pipeline(
         )
     elif net.model is not model:
         raise InvalidInput(f"The given net was made for another {type(net.model).__name__} than the pipeline's {name}.")
-    denoiser = Denoiser(net, points, observe=observe)
+    denoiser = Denoiser(net, points, observe=observe, run=run)
     view = copy.copy(pipe)
     kind = type(pipe)
 

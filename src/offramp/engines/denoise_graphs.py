@@ -1,0 +1,158 @@
+"""A denoiser's segments compiled, and on CUDA captured as graphs by number of rows.
+
+Segments between two decisions are one function, so that a compiler sees them whole. Each is captured for the rows of a call and for powers
+of two below: fewer rows run in the next larger size, and what the rows beyond them hold is computed along and read by nobody. A schedule
+that is the same for every row thus runs a few graphs a step, at full size, and the host waits for nothing.
+
+On the CPU a "graph" is a plain call: that is how this is tested.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from offramp.backbones import Cut, CutState
+from offramp.core.errors import InvalidInput
+from offramp.engines.capture import Graph, Recorder
+
+
+@dataclass
+class _Span:
+    """Segments ``start`` to ``stop - 1`` at one number of rows.
+
+    Attributes:
+        inputs: at fixed addresses, by name.
+        made: what the graph leaves, in the order of ``Cut.made``.
+    """
+
+    inputs: dict[str, Tensor]
+    made: tuple[Tensor, ...] = ()
+    graph: Graph | None = None
+
+
+@dataclass
+class Captured:
+    """Runs segments as captured graphs (an `offramp.engines.denoise_step.Runner`).
+
+    One that is shared by several denoisers of one model shares its graphs; then they must not run at the same time.
+
+    Args:
+        device: where the denoiser is.
+        compiled: run through ``torch.compile``, for each number of rows by itself.
+        sizes: numbers of rows to capture besides that of the whole call, ascending; by default the powers of two.
+        most: graphs that are kept; of more, the oldest are given up.
+    """
+
+    device: torch.device
+    compiled: bool = True
+    sizes: Sequence[int] | None = None
+    most: int = 256
+    _spans: dict[Any, _Span] = field(default_factory=dict, repr=False)
+    _functions: dict[Any, Any] = field(default_factory=dict, repr=False)
+    _rows: dict[Any, int] = field(default_factory=dict, repr=False)
+
+    reuses = True
+
+    def __post_init__(self) -> None:
+        self.device = torch.device(self.device)
+        if self.sizes is not None and (not self.sizes or list(self.sizes) != sorted(set(self.sizes)) or self.sizes[0] < 1):
+            raise InvalidInput(f"sizes must be ascending numbers of rows from 1, got {self.sizes}.")
+        self._recorder = Recorder(self.device, self.compiled)
+
+    def size(self, cut: Cut, rows: int) -> int:
+        """The number of rows that runs for ``rows``."""
+        whole = self._rows.get(cut, rows)
+        if rows >= whole:
+            return rows
+        fitting = (s for s in self.sizes if s >= rows) if self.sizes is not None else iter([1 << (rows - 1).bit_length()])
+        return min(next(fitting, whole), whole)
+
+    def __call__(self, cut: Cut, state: CutState, stop: int) -> CutState:
+        if state.at == stop:
+            return state
+        if state.at == 0:
+            self._rows[cut] = state.rows
+        read, made = _reads(cut, state.at, stop), cut.made(state.at, stop)
+        for name in (*read, *made):
+            if len(cut.batch_dims.get(name, ())) > 1:
+                raise InvalidInput(f"The tensor {name!r} holds the batch in two dimensions; run this model without graphs.")
+        size = self.size(cut, state.rows)
+        given = {n: state.values[n] for n in read}
+        # Sizes other than the batch may vary (text): each has graphs of its own.
+        key = (cut, state.at, stop, size, tuple((t.dtype, *_others(t, cut.batch_dims.get(n, ()))) for n, t in given.items()))
+        span = self._spans.get(key)
+        if span is None:
+            span = self._capture(key, cut, state, stop, size, given)
+        else:
+            for name, value in given.items():
+                _window(span.inputs[name], cut.batch_dims.get(name, ()), state.rows).copy_(value)
+            if span.graph is not None:
+                span.graph.replay()
+        fresh = dict(zip(made, span.made, strict=True))
+        values = {n: _window(fresh[n], cut.batch_dims.get(n, ()), state.rows) if n in fresh else state.values[n] for n in cut.names(stop)}
+        hidden = values[str(cut.segments[stop - 1].hidden)] if stop < len(cut.segments) else None
+        return CutState(values, state.rows, stop, hidden)
+
+    def _capture(self, key: Any, cut: Cut, state: CutState, stop: int, size: int, given: dict[str, Tensor]) -> _Span:
+        while len(self._spans) >= self.most:
+            del self._spans[next(iter(self._spans))]
+        inputs = {}
+        for name, value in given.items():
+            dims = cut.batch_dims.get(name, ())
+            inputs[name] = _room(value, dims, size)
+            _window(inputs[name], dims, state.rows).copy_(value)
+        span = _Span(inputs)
+        function = self._functions.get((cut, state.at, stop))
+        if function is None:
+            function = self._recorder.wrap(_function(cut, state.at, stop, tuple(given)))
+            self._functions[cut, state.at, stop] = function
+
+        def call() -> None:
+            span.made = function(*span.inputs.values())
+
+        span.graph = self._recorder.graph(call)
+        span.graph.replay()  # what was captured has not run
+        self._spans[key] = span
+        return span
+
+
+def _reads(cut: Cut, start: int, stop: int) -> tuple[str, ...]:
+    """Live tensors that segments ``start`` to ``stop - 1`` read, of those live at ``start``."""
+    have = cut.names(start)
+    wanted = {n for segment in cut.segments[start:stop] for n in segment.inputs}
+    return tuple(n for n in have if n in wanted)
+
+
+def _function(cut: Cut, start: int, stop: int, read: tuple[str, ...]) -> Any:
+    made = cut.made(start, stop)
+    segments = cut.segments[start:stop]
+
+    def run(*given: Tensor) -> tuple[Tensor, ...]:
+        values = dict(zip(read, given, strict=True))
+        for segment in segments:
+            values |= zip(segment.outputs, segment.module(*(values[n] for n in segment.inputs)), strict=True)
+        return tuple(values[n] for n in made)
+
+    return run
+
+
+def _others(tensor: Tensor, dims: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(s for d, s in enumerate(tensor.shape) if d not in dims)
+
+
+def _window(tensor: Tensor, dims: tuple[int, ...], rows: int) -> Tensor:
+    return tensor.narrow(dims[0], 0, rows) if dims else tensor
+
+
+def _room(tensor: Tensor, dims: tuple[int, ...], rows: int) -> Tensor:
+    """Zeros for other rows with the same order of strides: segments may view it as they viewed the whole batch's."""
+    order = sorted(range(tensor.ndim), key=tensor.stride, reverse=True)
+    if tensor.is_contiguous() or 0 in tensor.stride():
+        order = list(range(tensor.ndim))
+    room = tensor.new_zeros([rows if d in dims else tensor.shape[d] for d in order])
+    return room.permute(sorted(range(tensor.ndim), key=order.__getitem__))

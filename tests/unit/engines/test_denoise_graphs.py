@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from denoise_models import ToyHead, attached, dit, example, toy
+from test_denoise import PLANS, draw, trajectory
+from torch import Tensor, nn
+
+from offramp.backbones import cut
+from offramp.core.errors import InvalidInput
+from offramp.diffusion import DenoisingNet
+from offramp.engines.denoise import Denoiser
+from offramp.engines.denoise_graphs import Captured
+from offramp.policies.denoising import INPUT, OUTPUT, Every, NoiseLevel, NoiseSchedule, Point
+from offramp.policies.fills import CachedOutput, Identity
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def net() -> DenoisingNet:
+    torch.manual_seed(6)
+    return toy({"blocks.0": ToyHead(), "blocks.1": ToyHead()})
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_captured_segments_give_what_plain_ones_give(net: DenoisingNet, plan: str) -> None:
+    x, y = draw(8)
+    plain, captured = Denoiser(net, PLANS[plan]), Denoiser(net, PLANS[plan], run=Captured(CPU, compiled=False))
+    for _ in range(2):  # the second time from the graphs of the first
+        for got, want in zip(trajectory(captured, x, y), trajectory(plain, x, y), strict=True):
+            torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+        assert torch.equal(captured.report.depth, plain.report.depth)
+
+
+def test_without_points_it_is_one_graph_and_bit_exact(net: DenoisingNet) -> None:
+    run = Captured(CPU, compiled=False)
+    x, y = draw(3)
+    assert all(torch.equal(a, b) for a, b in zip(trajectory(Denoiser(net, run=run), x, y), trajectory(net.model, x, y), strict=True))
+    assert len(run._spans) == 1
+
+
+def test_a_schedule_runs_one_graph_per_part_at_full_size(net: DenoisingNet) -> None:
+    run = Captured(CPU, compiled=False)
+    runner = Denoiser(net, [Point("blocks.1", -1, Identity(), NoiseLevel(), 0.0)], run=run)
+    trajectory(runner, *draw(5))
+    assert sorted((start, stop, rows) for _, start, stop, rows, _ in run._spans) == [(0, 3, 5), (3, 5, 5), (5, 6, 5)]
+
+
+def test_rows_run_in_the_next_size_and_what_was_there_before_does_not_matter(net: DenoisingNet) -> None:
+    run = Captured(CPU, compiled=False)
+    made = net.cut()
+    assert (run.size(made, 5), run.size(made, 64)) == (5, 64)
+    run._rows[made] = 6
+    assert [run.size(made, r) for r in range(1, 7)] == [1, 2, 4, 4, 6, 6]
+    assert [Captured(CPU, sizes=(3,)).size(made, r) for r in (1, 5)] == [1, 5]  # no call has been seen
+    few = Captured(CPU, compiled=False, sizes=(3,))
+    few._rows[made] = 6
+    assert [few.size(made, r) for r in (1, 3, 4)] == [3, 3, 6]
+    with pytest.raises(InvalidInput, match="ascending"):
+        Captured(CPU, sizes=(4, 2))
+    x, y = draw(4)
+    levels = torch.tensor([950, 900, 800, 100])  # three leave, one goes on
+    runner = Denoiser(net, [Point("blocks.1", -1, Identity(), NoiseSchedule((0.0,), (True, False)))], run=run)
+    want = runner(x, levels, y)
+    for span in run._spans.values():
+        for tensor in span.inputs.values():
+            if tensor.is_floating_point():
+                tensor.fill_(math.nan)
+    assert torch.equal(runner(x, levels + 1, y)[3:], net.model(x, levels + 1, y)[3:])
+    assert torch.isfinite(want).all()
+
+
+def test_what_is_kept_or_returned_does_not_change_with_the_next_call(net: DenoisingNet) -> None:
+    x, y = draw(2)
+    runner = Denoiser(net, [Point(INPUT, OUTPUT, CachedOutput(), Every(3))], run=Captured(CPU, compiled=False))
+    first = runner(x, torch.full((2,), 900), y)
+    kept = first.clone()
+    for tensor in next(iter(runner.run._spans.values())).made:  # type: ignore[attr-defined]
+        tensor.fill_(7.0)  # as the next replay would
+    assert torch.equal(first, kept)
+    assert torch.equal(runner(x, torch.full((2,), 800), y), kept)
+
+
+def test_a_diffusers_model_in_captured_segments() -> None:
+    net = attached(dit(4))
+    plan = [Point(0, -1, CachedOutput(), Every(2)), Point(1, -1, Identity(), NoiseLevel(), 0.0)]
+    runs = [Denoiser(net, plan, run=run) for run in (None, Captured(CPU, compiled=False))]
+    for time in (900.0, 700.0, 300.0):
+        inputs = {**example(3), "timestep": torch.full((3,), time), "hidden_states": torch.ones(3, 4, 8, 8)}
+        a, b = (run(**inputs).sample for run in runs)
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+class Transposed(nn.Module):
+    """Crosses the cut with strides that are not in order, and views what it gets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv1d(3, 4, 1), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = self.a(x).transpose(1, 2)
+        return self.b(state).transpose(1, 2).reshape(x.shape[0], -1) + state.transpose(1, 2).view(x.shape[0], -1)
+
+
+def test_strides_are_kept() -> None:
+    made = cut(Transposed().eval(), ["b"], (torch.randn(2, 3, 5),))
+    run = Captured(CPU, compiled=False)
+    x = torch.randn(3, 3, 5)
+    with torch.no_grad():
+        for rows in (3, 2, 3):
+            state = made.begin(x[:rows])
+            state = run(made, run(made, state, 1), 2)
+            torch.testing.assert_close(made.end(state), made(x[:rows]))
