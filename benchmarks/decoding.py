@@ -22,7 +22,8 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -35,6 +36,7 @@ from lm_common import (
     fixed,
     numbers,
     rate,
+    rates,
     round_ms,
     run_parts,
     seconds,
@@ -49,6 +51,7 @@ from offramp.engines.agreement import agreement
 from offramp.engines.draft_lengths import LengthChoice
 from offramp.engines.generate import generate
 from offramp.engines.rounds import Rounds
+from offramp.engines.written import Generation
 from offramp.language import LanguageModel, attach_lm
 from offramp.measure.clock import environment
 from offramp.measure.hardware import ceilings
@@ -103,6 +106,14 @@ def make_agree(lm: LanguageModel, wanted: float, prompts: Sequence[Sequence[int]
     return best
 
 
+@dataclass(frozen=True)
+class Way:
+    """A captured decoder and how it chooses the draft length of a round."""
+
+    run: Rounds
+    choice: LengthChoice
+
+
 class Bench:
     """The model, its captured decoders by rows and draft length, and what they wrote."""
 
@@ -118,7 +129,6 @@ class Bench:
         self.exact: nn.Module | None = None
         self.runs: dict[tuple[int, tuple[int, ...]], Rounds] = {}
         self.captured: set[tuple[int, int]] = set()
-        self.plain_texts: list[list[int]] | None = None
         generator = torch.Generator().manual_seed(0)
         self.prompts: list[list[list[int]]] = [
             [[int(t) for t in p]] for p in torch.randint(3, args.vocabulary, (args.prompts, args.prompt), generator=generator)
@@ -134,13 +144,13 @@ class Bench:
             {
                 "benchmark": "decoding",
                 "shape": {k: getattr(args, k) for k in ("blocks", "width", "heads", "kv_heads", "inner", "vocabulary")},
-                "dtype": args.dtype, "exit": args.exit, "agreement": reached, "factor": factor, "prompt_tokens": args.prompt,
+                "dtype": args.dtype, "exit": args.exit, "agree": args.agree, "agreement": reached, "factor": factor, "prompt_tokens": args.prompt,
                 "new_tokens": args.new, "prompts": args.prompts, "tuning": args.tuning, "weight_bytes": weights,
                 "bandwidth_limit_tokens_per_s": 1e3 / limit.floor_ms(0, weights), "ceilings": limit.to_dict(),
                 "environment": environment(self.device), "rows": [],
             },
             self.budget,
-            same=("shape", "dtype", "exit", "agreement", "prompt_tokens", "new_tokens", "prompts", "tuning") if args.keep else (),
+            same=("shape", "dtype", "exit", "agree", "prompt_tokens", "new_tokens", "prompts", "tuning") if args.keep else (),
         )  # fmt: skip
 
     def run(self, rows: int, lengths: Sequence[int], slots: int | None = None) -> Rounds:
@@ -171,21 +181,25 @@ class Bench:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def timed(self, run: Rounds, batches: Sequence[Sequence[Sequence[int]]], choice: LengthChoice) -> dict[str, Any]:
-        """Tokens per second of all rows together over some batches, what was kept of drafts, and the texts under ``written``."""
-        written: dict[int, list[Any]] = {}
+    def timed(self, ways: Mapping[str, Way], batches: Sequence[Sequence[Sequence[int]]]) -> dict[str, dict[str, Any]]:
+        """Tokens per second of all rows together over some batches, all ways in turn; what was kept of drafts; texts as ``written``."""
+        texts: dict[str, list[Generation]] = {}
 
-        def write(count: int) -> None:
-            written[count] = [run.generate(b, count, choice=choice) for b in batches]
+        def write(name: str, count: int) -> None:
+            done = [ways[name].run.generate(b, count, choice=ways[name].choice) for b in batches]
+            if count == self.args.new:
+                texts[name] = done
 
-        found = rate(write, self.args.new, self.args.repeats, self.device)
-        found["tokens_per_s"] *= sum(map(len, batches))
-        done = written[self.args.new]
-        kept, tried = sum(sum(g.accepted) for g in done), sum(sum(g.drafted) for g in done)
-        if run.draft_length:
-            lengths = [len(t) for g in done for t in g.tokens]
-            found |= {"acceptance": kept / max(1, tried), "tokens_per_round": tokens_per_round(lengths, kept)}
-        return {**found, "written": [g.tokens for g in done]}
+        found = rates({name: partial(write, name) for name in ways}, self.args.new, self.args.repeats, self.device)
+        for name, taken in found.items():
+            done = texts[name]
+            taken["tokens_per_s"] *= sum(map(len, batches))
+            kept, tried = sum(sum(g.accepted) for g in done), sum(sum(g.drafted) for g in done)
+            if ways[name].run.draft_length:
+                lengths = [len(t) for g in done for t in g.tokens]
+                taken |= {"acceptance": kept / max(1, tried), "tokens_per_round": tokens_per_round(lengths, kept)}
+            taken["written"] = [t for g in done for t in g.tokens]
+        return found
 
     def same_text(self, prompts: Sequence[Sequence[int]], one: Sequence[Sequence[int]], two: Sequence[Sequence[int]]) -> dict[str, Any]:
         if self.exact is None:
@@ -195,42 +209,36 @@ class Bench:
     # ---- parts -----------------------------------------------------------------------------------------------------------------
 
     def plain(self) -> None:
-        run = self.run(1, [0])
-        if not self.ready(run, 0) or not self.budget.fits("time: plain", 60):
+        way = Way(self.run(1, [0]), fixed(0))
+        if not self.ready(way.run, 0) or not self.budget.fits("time: plain", 60):
             return
         with self.budget.part("time: plain"):
-            found = self.timed(run, self.prompts, fixed(0))
-            found["round_ms"] = round_ms(run, self.prompts[0], 0)
-            found["synchronisations"] = synchronisations(run, self.prompts[0], self.args.new // 2, self.args.new, fixed(0))
-        self.plain_texts = [t for batch in found.pop("written") for t in batch]
-        self.sheet.row(way="ours, plain", rows=1, of_bandwidth_limit=self._of_limit(found), **found)
+            self._row("ours, plain", way, self.timed({"": way}, self.prompts)[""], None)
 
     def speculative(self) -> None:
-        """Every draft length, then the length chosen before each round by what the texts show."""
-        run, flat = self.run(1, sorted({0, *self.args.drafts})), [p[0] for p in self.prompts]
-        if self.plain_texts is None:
-            plain = self.run(1, [0])
-            if not self.ready(plain, 0):
-                return
-            self.plain_texts = [plain.generate(p, self.args.new).tokens[0] for p in self.prompts]
-        times: dict[int, float] = {}
-        for drafts in (*self.args.drafts, 0):
-            if self.ready(run, drafts):
-                times[drafts] = round_ms(run, self.prompts[0], drafts)
-            if not drafts or drafts not in times or not self.budget.fits("time: speculative", 40):
-                continue
-            with self.budget.part(f"time: speculative {drafts}"):
-                found = self.timed(run, self.prompts, fixed(drafts))
-                found["synchronisations"] = synchronisations(run, self.prompts[0], self.args.new // 2, self.args.new, fixed(drafts))
-                found["against_plain"] = self.same_text(flat, self.plain_texts, [t for batch in found.pop("written") for t in batch])
-            self.sheet.row(way=f"ours, {drafts} drafts", rows=1, of_bandwidth_limit=self._of_limit(found), round_ms=times[drafts], **found)
-        if len(times) > 1 and self.budget.fits("time: speculative", 40):
-            choice = LengthChoice.of(times, self.sheet.content["agreement"])
-            with self.budget.part("time: speculative, chosen by round"):
-                found = self.timed(run, self.prompts, choice)
-                found["synchronisations"] = synchronisations(run, self.prompts[0], self.args.new // 2, self.args.new, choice)
-                found["against_plain"] = self.same_text(flat, self.plain_texts, [t for batch in found.pop("written") for t in batch])
-            self.sheet.row(way="ours, length by round", rows=1, of_bandwidth_limit=self._of_limit(found), round_times_ms=times, **found)
+        """Every draft length, and the length chosen before each round by what the texts show, in turn with plain decoding."""
+        plain, run = self.run(1, [0]), self.run(1, sorted({0, *self.args.drafts}))
+        if not self.ready(plain, 0):
+            return
+        times = {k: round_ms(run, self.prompts[0], k) for k in (*self.args.drafts, 0) if self.ready(run, k)}
+        ways = {"ours, plain": Way(plain, fixed(0)), **{f"ours, {k} drafts": Way(run, fixed(k)) for k in times if k}}
+        if len(times) > 1:
+            ways["ours, length by round"] = Way(run, LengthChoice.of(times, self.sheet.content["agreement"]))
+        with self.budget.part("time: speculative"):
+            found = self.timed(ways, self.prompts)
+        base = found["ours, plain"]
+        for name, way in ways.items():
+            self._row(name, way, found[name], None if name == "ours, plain" else base)
+
+    def _row(self, name: str, way: Way, found: dict[str, Any], base: dict[str, Any] | None) -> None:
+        """A row of the part with one text at a time, its waits counted and its texts compared with those of ``base``."""
+        waits = synchronisations(way.run, self.prompts[0], self.args.new // 2, self.args.new, way.choice)
+        length = way.choice.lengths[0] if len(way.choice.lengths) == 1 else None
+        extra: dict[str, Any] = {} if length is None else {"round_ms": round_ms(way.run, self.prompts[0], length)}
+        if base is not None:
+            extra["against_plain"] = self.same_text([p[0] for p in self.prompts], base["written"], found["written"])
+        measured = {k: v for k, v in found.items() if k != "written"}
+        self.sheet.row(way=name, rows=1, of_bandwidth_limit=self._of_limit(found), synchronisations=waits, **extra, **measured)
 
     def _of_limit(self, found: dict[str, Any]) -> float:
         return float(found["tokens_per_s"] / self.sheet.content["bandwidth_limit_tokens_per_s"])
@@ -262,26 +270,20 @@ class Bench:
             prompts, plain = self.many[:rows], self.run(rows, [0])
             if not self.ready(plain, 0):
                 continue
-            with self.budget.part(f"time: plain, {rows} rows"):
-                base = self.timed(plain, [prompts], fixed(0))
-                base["round_ms"] = round_ms(plain, prompts, 0)
-            texts = base.pop("written")[0]
-            self.sheet.row(way="ours, plain", rows=rows, **base)
-            run, times = self.run(rows, sorted({0, *self.args.batch_drafts})), {}
-            for drafts in (*self.args.batch_drafts, 0):
-                if self.ready(run, drafts):
-                    times[drafts] = round_ms(run, prompts, drafts)
-            ways = {f"ours, {k} drafts": fixed(k) for k in times if k}
+            run = self.run(rows, sorted({0, *self.args.batch_drafts}))
+            times = {k: round_ms(run, prompts, k) for k in (*self.args.batch_drafts, 0) if self.ready(run, k)}
+            ways = {"ours, plain": Way(plain, fixed(0)), **{f"ours, {k} drafts": Way(run, fixed(k)) for k in times if k}}
             if len(times) > 1:
-                ways["ours, length by round"] = LengthChoice.of(times, self.sheet.content["agreement"])
-            for way, choice in ways.items():
-                if not self.budget.fits(f"time: verify, {rows} rows", 30):
-                    continue
-                with self.budget.part(f"time: verify, {rows} rows, {way}"):
-                    found = self.timed(run, [prompts], choice)
-                    found["against_plain"] = self.same_text(prompts, texts, found.pop("written")[0])
-                over = found["tokens_per_s"] / base["tokens_per_s"]
-                self.sheet.row(way=way, rows=rows, over_plain=over, round_times_ms=times, **found)
+                ways["ours, length by round"] = Way(run, LengthChoice.of(times, self.sheet.content["agreement"]))
+            with self.budget.part(f"time: {rows} rows"):
+                found = self.timed(ways, [prompts])
+            base = found["ours, plain"]
+            for name in ways:
+                extra: dict[str, Any] = {"round_ms": round_ms(plain, prompts, 0)} if name == "ours, plain" else {"round_times_ms": times}
+                if name != "ours, plain":
+                    extra["against_plain"] = self.same_text(prompts, base["written"], found[name]["written"])
+                over = found[name]["tokens_per_s"] / base["tokens_per_s"]
+                self.sheet.row(way=name, rows=rows, over_plain=over, **extra, **{k: v for k, v in found[name].items() if k != "written"})
 
     def long(self) -> None:
         """One long prompt: plain, then verified decoding with the first draft length, each by itself in memory."""
@@ -309,6 +311,14 @@ class Bench:
             )  # fmt: skip
 
 
+def expected_seconds(args: argparse.Namespace, asked: Sequence[str]) -> dict[str, float]:
+    """What parts will take on a GPU: captures, which are most of it, and timing."""
+    more = sum(r > 1 for r in args.rows)
+    captures = {"plain": 1, "speculative": len(args.drafts) + 1, "batch": more * (len(args.batch_drafts) + 2), "long": 2}
+    timing = {"plain": 25.0, "speculative": 60.0, "transformers": 40.0, "batch": 15.0 * more, "long": 20.0}
+    return {part: captures.get(part, 0) * args.capture_guess + timing[part] for part in PARTS if part in asked}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, value in {"blocks": 22, "width": 2048, "heads": 32, "kv-heads": 4, "inner": 5632, "vocabulary": 32000}.items():
@@ -316,7 +326,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--exit", type=int, default=4, help="after how many blocks")
     parser.add_argument("--agree", type=float, default=0.9)
-    parser.add_argument("--drafts", type=numbers, default=[5, 7, 3], help="draft lengths at one row, the most telling first")
+    parser.add_argument("--drafts", type=numbers, default=[5, 7], help="draft lengths at one row, the most telling first")
     parser.add_argument("--rows", type=numbers, default=[1, 8, 32])
     parser.add_argument("--batch-drafts", type=numbers, default=[3], help="draft lengths at more rows")
     parser.add_argument("--prompts", type=int, default=8, help="texts at one row")
@@ -329,12 +339,14 @@ def main() -> None:
     parser.add_argument("--peer-repeats", type=int, default=3)
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--minutes", type=float, default=8.5, help="budget of the whole call")
-    parser.add_argument("--capture-guess", type=float, default=60, help="seconds that the first captured decoder is expected to take")
+    parser.add_argument("--capture-guess", type=float, default=40, help="seconds that a captured round is expected to take to compile")
     parser.add_argument("--keep", action="store_true", help="keep rows that an earlier call with the same settings wrote to the same file")
     parser.add_argument("--out", required=True)
     tuning_argument(parser)
     args = parser.parse_args()
     asked = asked_parts(args.parts, PARTS)
+    expected = expected_seconds(args, asked)
+    print(f"expected seconds: {expected}, {sum(expected.values()):.0f} of {60 * args.minutes:.0f}", flush=True)
     bench = Bench(args)
     print(f"budget {args.minutes:g} minutes for {', '.join(asked)}; agreement {bench.sheet.content['agreement']:.3f}", flush=True)
     run_parts({part: getattr(bench, part) for part in PARTS}, asked, bench.sheet)

@@ -17,6 +17,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -296,24 +297,33 @@ def seconds(call: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
     return time.perf_counter() - start, answer
 
 
-def rate(write: Callable[[int], Any], new: int, repeats: int, device: torch.device) -> dict[str, Any]:
-    """Tokens per second after the first, of a row: whole texts less texts of one token, medians of runs in turn.
+def rates(ways: Mapping[str, Callable[[int], Any]], new: int, repeats: int, device: torch.device) -> dict[str, dict[str, Any]]:
+    """Tokens per second after the first, of a row: whole texts less texts of one token, medians of rounds that have every way in turn.
 
     Args:
-        write: writes so many tokens to every row of every batch that it stands for; its answer is kept from the last run.
+        ways: each writes so many tokens to every row of every batch that it stands for.
         new: tokens to write.
-        repeats: samples of both.
+        repeats: samples of both, after a round that is not counted; every second round runs in reverse order.
         device: where.
     """
-    samples: dict[int, list[float]] = {new: [], 1: []}
-    for _ in range(repeats + 1):  # the first is not counted
-        for count, times in samples.items():
-            times.append(seconds(lambda count=count: write(count), device)[0])
-    whole, one = (statistics.median(times[1:]) for times in samples.values())
-    return {
-        "tokens_per_s": (new - 1) / (whole - one), "whole_s": whole, "prompt_s": one, "samples_s": samples[new][1:],
-        "prompt_samples_s": samples[1][1:],
-    }  # fmt: skip
+    samples: dict[str, dict[int, list[float]]] = {name: {new: [], 1: []} for name in ways}
+    for turn in range(repeats + 1):
+        for name in ways if turn % 2 == 0 else reversed(ways):
+            for count, times in samples[name].items():
+                times.append(seconds(partial(ways[name], count), device)[0])
+    out = {}
+    for name, taken in samples.items():
+        whole, one = (statistics.median(times[1:]) for times in taken.values())
+        out[name] = {
+            "tokens_per_s": (new - 1) / (whole - one), "whole_s": whole, "prompt_s": one, "samples_s": taken[new][1:],
+            "prompt_samples_s": taken[1][1:],
+        }  # fmt: skip
+    return out
+
+
+def rate(write: Callable[[int], Any], new: int, repeats: int, device: torch.device) -> dict[str, Any]:
+    """`rates` of one way."""
+    return rates({"": write}, new, repeats, device)[""]
 
 
 def fixed(drafts: int) -> LengthChoice:

@@ -339,7 +339,158 @@ def systems(page: Path) -> str:
     return table(["system", "paper", "engine", "delta from", "is", "status"], rows)
 
 
-RENDERERS: dict[str, Callable[[Path], str]] = {f.__name__: f for f in (pareto, guarantee, demo, efficiency, bars, claims, systems)}
+# ---------------------------------------------------------------------------------------------- language models writing text
+
+# What decoding is held to on CUDA: tokens per second of plain decoding, both over transformers' own ways, the share of the bandwidth
+# limit that drafts reach, how often the host waits in a round, more rows beside plain, memory of drafts beside plain; on a trained
+# model the speed-up and how far a prediction may be off.
+PLAIN_TOKENS, PLAIN_OVER_GREEDY, OVER_EARLY_EXIT, OF_LIMIT, WAITS, MORE_ROWS, MEMORY = 700, 10, 20, 1.0, 1, 0.97, 1.05
+TRAINED_SPEEDUP, PREDICTION = 1.5, 0.15
+
+
+def benchmarked(name: str) -> list[tuple[str, dict[str, Any]]]:
+    """Results of one benchmark with their file names, GPUs first, the newest first."""
+    found = [(n, r) for n, r in results().items() if isinstance(r, dict) and r.get("benchmark") == name]
+    found.sort(key=lambda pair: str(pair[1]["environment"].get("date")), reverse=True)
+    return sorted(found, key=lambda pair: device(pair[1]) == "cpu")
+
+
+def headline(name: str, result: Mapping[str, Any], what: str) -> str:
+    left = result.get("left_out") or []
+    missing = f" Left out for want of time: {'; '.join(left)}." if left else ""
+    failed = f" Failed: {'; '.join(f'{k} ({v})' for k, v in result['errors'].items())}." if result.get("errors") else ""
+    tuning = f", compiler: {result['tuning']}" if result.get("tuning") else ""
+    where = f"{result['dtype']}{tuning}, on {machine(result['environment'])}"
+    return f"{what}, {where}; {when(result['environment'])} (`{name}`).{missing}{failed}"
+
+
+def same_text(found: Mapping[str, Any] | None) -> str:
+    """How texts compare with those of plain decoding."""
+    if found is None:
+        return "-"
+    differ = found["texts"] - found["equal"]
+    far = "" if found.get("not_near_ties") is None else f", {found['not_near_ties']} of them not at a near tie"
+    return "equal" if not differ else f"{differ} of {found['texts']} differ{far}"
+
+
+def decoding_bars(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Each bar of the decoding benchmark that its rows can answer, the measured number and whether it is met."""
+    speed = {(r["way"], r["rows"]): r["tokens_per_s"] for r in rows}
+    plain, greedy = speed.get(("ours, plain", 1)), speed.get(("transformers, greedy", 1))
+    drafts = [r for r in rows if r["rows"] == 1 and "of_bandwidth_limit" in r and r["way"] != "ours, plain"]
+    early = speed.get(("transformers, assistant_early_exit", 1))
+    found: list[tuple[str, float | None, bool]] = []
+    if plain is not None:
+        found.append((f"plain, tokens/s >= {PLAIN_TOKENS}", plain, plain >= PLAIN_TOKENS))
+        if greedy is not None:
+            found.append((f"plain over transformers' greedy >= {PLAIN_OVER_GREEDY}", plain / greedy, plain / greedy >= PLAIN_OVER_GREEDY))
+    if drafts:
+        best = max(drafts, key=lambda r: r["tokens_per_s"])
+        share = best["of_bandwidth_limit"]
+        found.append((f"drafts over the bandwidth limit of plain decoding >= {OF_LIMIT:g}", share, share >= OF_LIMIT))
+        if early is not None:
+            over = best["tokens_per_s"] / early
+            found.append((f"drafts over transformers' assistant_early_exit >= {OVER_EARLY_EXIT}", over, over >= OVER_EARLY_EXIT))
+        if waits := [r["synchronisations"]["per_round"] for r in drafts if "synchronisations" in r]:
+            found.append((f"waits of the host in a round = {WAITS}", max(waits), round(max(waits), 2) == WAITS))
+    if more := [r["over_plain"] for r in rows if r["rows"] > 1 and r["way"] == "ours, length by round"]:
+        found.append((f"more rows, length by round, over plain, lowest >= {MORE_ROWS}", min(more), min(more) >= MORE_ROWS))
+    peaks = [r["peak_bytes"] for r in sorted(rows, key=lambda r: r["way"] != "ours, plain, long prompt") if r.get("peak_bytes")]
+    if len(peaks) == 2:
+        found.append((f"memory of drafts over plain, long prompt <= {MEMORY}", peaks[1] / peaks[0], peaks[1] / peaks[0] <= MEMORY))
+    return [[what, number(value), verdict(met)] for what, value, met in found]
+
+
+def decoding(page: Path) -> str:
+    """Tokens per second in the shape of a large model, of random weights."""
+    parts = []
+    for name, result in benchmarked("decoding"):
+        shape, rows = result["shape"], result["rows"]
+        what = (
+            f"**Llama shape, {shape['blocks']} blocks, {shape['width']} wide**, {shape['heads']} heads, {shape['kv_heads']} of keys, "
+            f"{shape['vocabulary']:,} tokens, random weights, exit after block {result['exit']} made to agree at "
+            f"{result['agreement']:.1%} of the tokens that the model writes"
+        )
+        plain = {r["rows"]: r["tokens_per_s"] for r in rows if r["way"] == "ours, plain"}
+        lines = []
+        for r in rows:
+            over = r["tokens_per_s"] / plain[r["rows"]] if r["rows"] in plain and "prompt_tokens" not in r else None
+            waits = r["synchronisations"]["per_round"] if "synchronisations" in r else None
+            cells = [f"{r['tokens_per_s']:,.0f}", number(r.get("of_bandwidth_limit"), 2), number(over, 2), number(r.get("acceptance"), 2)]
+            cells += [number(r.get("tokens_per_round"), 2), number(waits, 2), same_text(r.get("against_plain"))]
+            lines.append([r["way"], str(r["rows"]), *cells])
+        head = ["way", "rows", "tokens/s", "of the bandwidth limit", "over plain", "acceptance", "tokens a round", "waits a round", "text"]
+        parts += [headline(name, result, what), table(head, lines)]
+        if device(result) != "cpu" and (found := decoding_bars(rows)):
+            parts.append(table(["bar", "measured", ""], found))
+    return "\n\n".join(parts) or nothing("make -C benchmarks results/decoding_llama_1b_h100.json")
+
+
+def decoding_trained(page: Path) -> str:
+    """Speed-ups on a trained model, group by group of prompts."""
+    parts = []
+    for name, result in benchmarked("decoding_trained"):
+        shape, chosen = result["shape"], result.get("chosen")
+        parameters = result["model"]["model"]["parameters"] / 1e6
+        what = f"**Trained model, {shape['blocks']} blocks, {parameters:.0f} M parameters**"
+        if chosen is not None:
+            what += f", drafts of {chosen['draft_length']} from the exit after block {chosen['exit']} ({chosen['head']})"
+        by_round = {r["group"]: r["speedup"] for r in result["rows"] if r["way"] == "by_round"}
+        lines = []
+        for r in (r for r in result["rows"] if r["way"] == "verified"):
+            cells = [str(r["prompts"]), f"{r['plain_tokens_per_s']:,.0f}", f"{r['tokens_per_s']:,.0f}", number(r["acceptance"], 2)]
+            cells += [number(r["tokens_per_round"], 2), number(r["speedup"], 2), number(by_round.get(r["group"]), 2)]
+            lines.append([r["group"], *cells, number(r["predicted"], 2), number(r["predicted_over_measured"], 2)])
+        head = ["group", "prompts", "plain, tokens/s", "drafts, tokens/s", "acceptance", "tokens a round", "speed-up", "length by round",
+                "predicted", "predicted / measured"]  # fmt: skip
+        parts += [headline(name, result, what), table(head, lines)]
+        notes = [f"Texts beside plain decoding's: {same_text(result['divergences'])}."] if "divergences" in result else []
+        notes += [f"In float32: {same_text(r)} ({r['texts']} prompts)." for r in result["rows"] if r["way"] == "float32"]
+        whole = next((r for r in result["rows"] if r["way"] == "verified" and r["group"] == "all"), None)
+        if whole is not None and device(result) != "cpu":
+            off = abs(whole["predicted_over_measured"] - 1)
+            notes.append(f"Speed-up of all groups >= {TRAINED_SPEEDUP}: {verdict(whole['speedup'] >= TRAINED_SPEEDUP)}.")
+            notes.append(f"Prediction within {PREDICTION:.0%}: {verdict(off <= PREDICTION)}.")
+        parts.append(" ".join(notes))
+    return "\n\n".join(filter(None, parts)) or nothing("make -C benchmarks results/decoding_trained_h100.json")
+
+
+def lm_systems(page: Path) -> str:
+    """Every language-model system on one trained model."""
+    parts = []
+    for name, result in benchmarked("lm_systems"):
+        rows = result["rows"]
+        what = f"**Systems on the trained model**, each trained {result['seconds_of_training']:g} s by its recipe"
+        parts.append(headline(name, result, what))
+        drafts = [
+            [
+                r["system"], str(r["exit"]), str(r["draft_length"]), number(r["acceptance"], 2), number(r["tokens_per_round"], 2),
+                f"{r['tokens_per_s']:,.0f}", f"{r['plain_tokens_per_s']:,.0f}", number(r["speedup"], 2), same_text(r["against_plain"]),
+            ]
+            for r in rows if r["way"] == "drafts"
+        ]  # fmt: skip
+        peers = [[r["way"], "-", "-", "-", "-", f"{r['tokens_per_s']:,.0f}", "-", "-", "-"] for r in rows if r["system"] == "-"]
+        if drafts or peers:
+            head = ["verified drafts", "exit after", "most drafts", "acceptance", "tokens a round", "tokens/s", "plain, tokens/s",
+                    "speed-up", "text"]  # fmt: skip
+            parts.append(table(head, drafts + peers))
+        leaves = [
+            [
+                r["system"], r["fill"], number(r["left"], 2), number(r["blocks_share"], 2), number(r["cost"], 2), number(r["agreement"]),
+                f"{r['perplexity']:.2f} ({r['perplexity_plain']:.2f})", f"{r['perplexity_first']:.2f} ({r['perplexity_first_plain']:.2f})",
+            ]
+            for r in rows if r["way"] == "leaves"
+        ]  # fmt: skip
+        if leaves:
+            head = ["tokens that leave", "fill", "left", "blocks / plain", "weights read / plain", "agreement",
+                    "perplexity of the text (plain's)", "under the first model (plain's)"]  # fmt: skip
+            parts.append(table(head, leaves))
+    return "\n\n".join(parts) or nothing("make -C benchmarks results/lm_systems_h100.json")
+
+
+RENDERERS: dict[str, Callable[[Path], str]] = {
+    f.__name__: f for f in (pareto, guarantee, demo, efficiency, bars, claims, systems, decoding, decoding_trained, lm_systems)
+}
 
 
 def main() -> int:
