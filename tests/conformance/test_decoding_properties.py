@@ -16,6 +16,7 @@ from offramp.core.errors import FingerprintMismatch, InvalidInput
 from offramp.core.system import System
 from offramp.engines.generate import generate
 from offramp.language import LanguageModel, attach_lm, load_lm
+from offramp.network import attach
 from offramp.policies.decoding import Accept, Adapting, Copy, Decaying, Plain, Scheduled, Verify, Way
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -214,3 +215,9 @@ def test_methods_of_the_other_kind_of_model() -> None:
     with pytest.raises(InvalidInput, match="Say where the exits go"):
         attach_lm(case.model())
     assert attach_lm(case.model(), [3], system=systems.build("kangaroo")).exits == (3,)
+
+
+def test_networks_that_classify_refuse_methods_of_text() -> None:
+    classify = next(c for c in CASES if c.system == "branchynet")
+    with pytest.raises(InvalidInput, match="attach_lm"):
+        attach(classify.model(), example=classify.inputs(2, 0), system=systems.build("kangaroo"))

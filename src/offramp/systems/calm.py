@@ -10,10 +10,11 @@ Deviations from the released code (JAX, t5x and flaxformer):
     - Of its three scores, the gap of the two likeliest tokens. Similarity of states and a learned gate are parts too: `StateSimilarity`,
       `LearnedGate`.
 
-Checked against the released code: the gap as a score, exits after every block with the shared head, keys and values from copied states,
-all without calibration. Title, authors, venue: the proceedings' abstract. Not checked, for want of the paper's full text: weights of the
-losses (proportional to the block's number), the falling threshold and its temperature (from notes; see `Decaying`), delta. The claim is
-the guarantee: what was promised of the text is kept on new texts; one seed in twenty may fail by chance.
+Checked against notes on the released code: the gap as a score, exits after every block with the shared head, keys and values from copied
+states, all without calibration. Against the CALM baseline in FREE's released code: the gap, and the threshold that falls to nine tenths of
+itself. Title, authors, venue: the proceedings' abstract. Not checked, for want of the paper's full text: weights of the losses
+(proportional to the block's number), the temperature, delta. The claim is the guarantee: what was promised of the text is kept on new
+texts; one seed in twenty may fail by chance.
 
 Reference: T. Schuster, A. Fisch, J. Gupta, M. Dehghani, D. Bahri, V. Q. Tran, Y. Tay, D. Metzler. Confident Adaptive Language Modeling.
 NeurIPS 2022. arXiv:2207.07061.

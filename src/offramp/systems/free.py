@@ -10,8 +10,8 @@ Deviations from the released code (PyTorch, github.com/raymin0223/fast_robust_ea
       be given to the next. The release keeps one mixture and fits it anew between texts.
     - The chosen deep states are spread evenly for any depth; the release lists them for 12 and 24 blocks.
 
-Checked against the released code's options and notes on it: the gap of the two likeliest tokens as the score, the stack of waiting tokens
-and its one pass with a causal mask, the grid of thresholds and zeta = 0.4, alpha = 0.5 and 6 of 24 blocks in its scripts by those notes.
+Checked against the released code: its options, and the gap of the two likeliest tokens as the score. Against notes on it: the stack of
+waiting tokens and its one pass with a causal mask, the grid of thresholds and zeta = 0.4, alpha = 0.5 and 6 of 24 blocks in its scripts.
 Title, authors, venue: its README. The claim: FREE has the better trade-off than leaving at a fixed depth, which the release calls static
 exiting; measured as agreement with the full model at equal cost. The paper compares scores of summaries and translations.
 
