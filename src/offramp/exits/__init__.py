@@ -2,6 +2,7 @@
 
 from offramp.exits.attention import AttentionHead
 from offramp.exits.conv import ConvLocal, ConvPoolLinear
+from offramp.exits.denoising import DenoisingExit
 from offramp.exits.linear import MLP, PooledLinear
 from offramp.exits.placement import AfterBlocks, Evenly, EveryBlock, Fractions
 from offramp.exits.pool import AutoPool, MeanPool, TokenPool
@@ -13,6 +14,7 @@ PARTS: dict[str, type] = {
     for c in (
         *(AutoPool, MeanPool, TokenPool),
         *(PooledLinear, MLP, MixedPool, Pooler, ConvPoolLinear, ConvLocal, AttentionHead, Cascade, GeometricEnsemble),
+        DenoisingExit,
         *(AfterBlocks, Evenly, EveryBlock, Fractions),
     )
 }

@@ -20,11 +20,13 @@ from offramp.core.batches import Batch
 from offramp.core.bundle import save_bundle
 from offramp.core.errors import InvalidInput
 from offramp.core.modes import evaluating, modes_kept
+from offramp.diffusion import DenoisingNet
 from offramp.language import LanguageModel
 from offramp.network import MultiExit
+from offramp.train.denoising import DenoisingView, ExitsView
 from offramp.train.equilibrium import equilibrium
 from offramp.train.evaluate import evaluate
-from offramp.train.losses import CrossEntropy, ItemLoss, NonFiniteLoss
+from offramp.train.losses import CrossEntropy, ItemLoss, MeanSquared, NonFiniteLoss
 from offramp.train.metrics import MetricsLog
 from offramp.train.order import Order, Place, check_loader, preserved_random_state, seed_all, seed_order, seeded_samplers
 from offramp.train.recipe import Distill, Frozen, Joint, Recipe, allot
@@ -43,6 +45,7 @@ from offramp.train.setup import (
 from offramp.train.sharding import agree, check_sharding, copied, gather, prepare
 from offramp.train.step import Work, take_step
 from offramp.train.text import NextToken, TextNet
+from offramp.train.text_recipes import Mean
 from offramp.train.trainee import Trainee, make_optimizer, only_trained, own_frozen
 
 if TYPE_CHECKING:
@@ -69,7 +72,7 @@ class FitResult:
 
 
 def fit(
-    net: MultiExit | LanguageModel,
+    net: MultiExit | LanguageModel | DenoisingNet,
     train_loader: Iterable[Any],
     recipe: Recipe | None = None,
     *,
@@ -99,17 +102,19 @@ def fit(
     caller's random state are given back; the network stays on the device accelerate put it on (with FSDP, where it was).
 
     Args:
-        net: made by `offramp.attach`, or a language model from `offramp.language.attach_lm` (its batches: `offramp.train.text_loader`).
-            Parameters with ``requires_grad=False`` stay as they are, and a module in eval mode whose
-            parameters are all frozen (a batch norm, say) stays in eval mode.
+        net: made by `offramp.attach`, or a language model from `offramp.language.attach_lm` (its batches: `offramp.train.text_loader`),
+            or a denoiser from `offramp.diffusion.attach_denoiser` (its batches: `offramp.train.noisy_loader`). Parameters with
+            ``requires_grad=False`` stay as they are, and a module in eval mode whose parameters are all frozen (a batch norm, say) stays in
+            eval mode.
         train_loader: a ``DataLoader`` or any re-iterable of batches; what a batch may be: `offramp.core.batches.unpack_batch`.
             In several processes it must be a ``DataLoader``; each process takes its share of the batches.
-        recipe: how; by default that of ``net.system``, else `Joint`; for a language model, its exits alone learn what the model would say.
+        recipe: how; by default that of ``net.system``, else `Joint`; for a language model, its exits alone learn what the model would say;
+            for a denoiser, the model and every exit at every noise level.
         epochs: > 0; divided among the phases of a recipe such as `TwoStage`.
         output_dir: gets ``metrics.jsonl``, ``checkpoints/`` and, with ``eval_loader``, ``best/``. ``None`` writes nothing.
         eval_loader: evaluated after each epoch.
         loss: ``(logits, labels) -> [B]``; `CrossEntropy` by default, `NextToken` for language models, `MeanSquared` for
-            regression, or any function.
+            denoisers and regression, or any function.
         optimizer: ``parameters -> optimizer``; AdamW by default, at 5e-5 for the model's weights and 1e-3 for new ones. Made
             anew for each phase.
         scheduler: ``(optimizer, steps of the phase) -> learning rate scheduler``, stepped once an optimizer step;
@@ -144,6 +149,12 @@ def fit(
             raise InvalidInput("Blocks of tokens were given where a loader is needed: fit(lm, text_loader(blocks, batch_size=8), ...).")
         net, loss = TextNet(net), loss or NextToken()
         recipe = recipe if recipe is not None else Frozen(Distill(temperature=1.0, alpha=1.0))
+    if isinstance(net, DenoisingNet):
+        net = ExitsView(net)
+    if isinstance(net, DenoisingView):
+        if accelerator is not None and check_sharding(accelerator):
+            raise InvalidInput("Sharded training of a denoiser is not supported: its cut shares the weights. Use one process or DDP.")
+        loss, recipe = loss or MeanSquared(), recipe if recipe is not None else Joint(Mean())
     chosen = recipe if recipe is not None else (net.system.recipe if net.system is not None and net.system.recipe is not None else Joint())
     settings = Settings(
         epochs,

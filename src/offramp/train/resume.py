@@ -14,9 +14,11 @@ import torch
 from offramp.core.bundle import load_bundle
 from offramp.core.errors import InvalidInput
 from offramp.core.parts import part_to_dict
+from offramp.diffusion import DenoisingNet
 from offramp.language import LanguageModel
 from offramp.network import MultiExit
 from offramp.train.checkpoint import clear_checkpoints, load_into, newest_checkpoint, save_checkpoint
+from offramp.train.denoising import ExitsView
 from offramp.train.metrics import MetricsLog
 from offramp.train.order import Place
 from offramp.train.recipe import Recipe
@@ -150,7 +152,7 @@ class Checkpoints:
             self.accelerator.scaler.load_state_dict(saved["scaler"])
 
 
-def load_best(net: MultiExit | LanguageModel, output_dir: str | os.PathLike[str]) -> int:
+def load_best(net: MultiExit | LanguageModel | DenoisingNet, output_dir: str | os.PathLike[str]) -> int:
     """Load the weights that evaluated best in a run of `fit` with ``eval_loader`` and ``output_dir``.
 
     Returns:
@@ -161,5 +163,6 @@ def load_best(net: MultiExit | LanguageModel, output_dir: str | os.PathLike[str]
         InvalidInput: they are of another network.
     """
     content, tensors = load_bundle(Path(output_dir) / "best", "weights", "weights")
-    load_into(TextNet(net) if isinstance(net, LanguageModel) else net, tensors, f"The weights in {output_dir}")
+    seen = TextNet(net) if isinstance(net, LanguageModel) else ExitsView(net) if isinstance(net, DenoisingNet) else net
+    load_into(seen, tensors, f"The weights in {output_dir}")
     return int(content["step"])

@@ -1,0 +1,264 @@
+"""Denoisers in the ordinary training loop: the model with its exits, or under a plan, as a `MultiExit`. Batches: `offramp.train.noising`.
+
+An item is an image; its answer at an exit is a prediction ``[C, H, W]`` and its loss a squared error. With that every recipe of
+`offramp.train.recipe` holds for denoisers as it is: ``Joint(Mean())`` trains every exit through the model's own final layers, so that a
+schedule of any shape may be used afterwards. What noise levels decide is in `offramp.train.denoising_recipes`.
+
+Unlike other networks, denoisers are trained through their cut: an exit's answer is what `offramp.engines.denoise` gives there, the final
+layers of the model on an earlier state, and those are no module that could be called. The cut shares the model's parameters. It is exported
+in evaluation mode, so dropout inside the model does not take part; a view without exits runs the model itself.
+
+Shapes: ``B`` rows, ``K`` exits, the model's own answer among them and last.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from offramp.backbones import Cut, CutState
+from offramp.backbones.taps import first_tensor
+from offramp.core.errors import InvalidInput
+from offramp.diffusion import BoundPoint, Call, DenoisingNet
+from offramp.exits.denoising import DenoisingExit
+from offramp.network import Example, Exit, MultiExit
+from offramp.policies.denoising import OUTPUT, Moment, NoiseLevel, Place, Point, Scheduled
+from offramp.policies.fills import HeadOutput, Identity
+
+
+def add_heads(net: DenoisingNet, spec: DenoisingExit, at: Sequence[str] | None = None) -> None:
+    """Put exits into a denoiser, at every place but the last by default. Those that were there are replaced.
+
+    Raises:
+        InvalidInput: a place does not exist, or the spec does not fit the states there.
+    """
+    call = net.example_call()
+    made = net.cut(call)
+    places = list(net.at[:-1] if at is None else at)
+    indices = [net.boundary(p, made) for p in places]
+    with torch.no_grad():
+        states = [made.begin(**call.kwargs)]
+        for k in range(len(made.segments)):
+            states.append(made.run(states[-1], k, k + 1))
+        answer = _answer(made.end(states[-1]))
+    for place, index in zip(places, indices, strict=True):
+        hidden = states[index].hidden
+        if hidden is None:
+            raise InvalidInput(f"There is no state at {place!r}; exits go after a module that the denoiser is cut at.")
+        head = spec.build(tuple(hidden.shape[1:]), tuple(answer.shape[1:]))
+        net.heads[place.replace(".", "/")] = head.to(net.device, net.dtype)
+
+
+def _answer(output: Any) -> Tensor:
+    found = first_tensor(output)
+    if found is None:
+        raise InvalidInput(f"The denoiser returns a {type(output).__name__} without a floating-point tensor, so it has no prediction.")
+    return found
+
+
+class _SharedLayers(nn.Module):
+    """Stands where an exit has nothing of its own: its answer is that of the model's final layers."""
+
+
+class DenoisingView(MultiExit):
+    """A denoiser as the training loop sees it: inputs by name; answers ``[B, C, H, W]``; instead of states the noise level of every row.
+
+    Attributes:
+        net: the denoiser.
+    """
+
+    def __init__(self, net: DenoisingNet, exits: Sequence[Exit], heads: Sequence[nn.Module]) -> None:
+        if any(isinstance(v, Tensor) and v.is_inference() for v in net.example.values()):
+            raise InvalidInput("The denoiser was attached in inference mode, so it cannot be trained; attach it outside.")
+        super().__init__(net.model, exits, heads, Example((), dict(net.example)), _answer, None)
+        # In a tuple, as its modules are here already: they must not appear twice in what is saved.
+        self._net = (net,)
+        self._segments: dict[int, Callable[..., Any]] = {}
+        self._whole: tuple[Callable[..., Any]] | None = None
+        self._compile: Mapping[str, Any] | None = None
+        call = net.example_call()
+        with torch.no_grad():
+            self._num_outputs = int(_answer(net.cut(call)(**call.kwargs)).shape[1])
+
+    @property
+    def net(self) -> DenoisingNet:
+        return self._net[0]
+
+    def compile(self, **options: Any) -> None:  # type: ignore[override]
+        """Run compiled from now on: each segment of the cut alone, or the whole model where there are no exits.
+
+        Args:
+            options: of ``torch.compile``. Blocks of equal make are compiled once: later ones are found in its cache.
+        """
+        self._compile = dict(options)
+        self._segments.clear()
+        self._whole = None
+
+    def _run(self, made: Cut, state: CutState) -> CutState:
+        """The next segment."""
+        module = made.segments[state.at].module
+        if self._compile is not None and id(module) not in self._segments:
+            self._segments[id(module)] = torch.compile(module, **self._compile)
+        run = self._segments.get(id(module), module)
+        return made.advance(state, run(*(state.values[n] for n in made.segments[state.at].inputs)))
+
+    def _model(self, kwargs: dict[str, Any]) -> Any:
+        """The model itself."""
+        if self._whole is None:
+            self._whole = (self.model if self._compile is None else torch.compile(self.model, **self._compile),)
+        return self._whole[0](**kwargs)
+
+    def _log_snr(self, call: Call) -> Tensor:
+        """Noise level of every row, ``[B]`` float32."""
+        level: Tensor = self.net.noise.log_snr(call.kwargs[self.net.timestep_name])
+        return level.float()
+
+    def _bound(self, cache: dict[Any, tuple[BoundPoint, ...]], points: Sequence[Point], call: Call) -> tuple[Cut, tuple[BoundPoint, ...]]:
+        """The cut for calls of this form and points on it; export and its checks want to see neither autocast nor a graph."""
+        if call.key not in cache:
+            with torch.autocast(call.kwargs[self.net.sample_name].device.type, enabled=False), torch.no_grad():
+                cache[call.key] = self.net.bind(points, call)
+        return self.net.cut(call), cache[call.key]
+
+
+class ExitsView(DenoisingView):
+    """Every exit of a denoiser in one pass: its own output layer where a head has one, else the model's final layers.
+
+    What `fit` makes of a `DenoisingNet`. Answers are those that ``engines.denoise.Denoiser`` gives for `HeadOutput` and for `Identity`.
+    "States" are the noise level ``[B]`` and, for every exit, the uncertainty ``[B]`` that its head tells, or an empty tensor.
+
+    Args:
+        net: the denoiser.
+        at: places of the exits, in order; by default all that lie before ``to``.
+        to: where exits without an output layer go on: after this place.
+
+    Raises:
+        InvalidInput: a place does not exist or its state does not continue at ``to``; name the places that do.
+    """
+
+    def __init__(self, net: DenoisingNet, at: Sequence[str] | None = None, to: Place = -1) -> None:
+        made = net.cut()
+        stop = net.boundary(to, made)
+        places = list(net.at[: stop - 1]) if at is None else list(at)
+        if sorted(places, key=lambda p: net.boundary(p, made)) != places or len(set(places)) != len(places):
+            raise InvalidInput(f"Exits are named once each, in the order in which they run; got {places}.")
+        heads = [net.head(net.boundary(p, made), made) for p in places]
+        self.points = tuple(
+            Point(place, OUTPUT if own else to, HeadOutput() if own else Identity(), NoiseLevel(), math.inf)
+            for place, own in zip(places, (callable(getattr(h, "output", None)) for h in heads), strict=True)
+        )
+        call = net.example_call()
+        exits = [Exit(p, None, (-1,), 0) for p in places]
+        bound = net.bind(self.points, call)
+        super().__init__(net, exits, [_SharedLayers() if h is None else h for h in heads])
+        self._points: dict[Any, tuple[BoundPoint, ...]] = {call.key: bound}
+
+    def forward_with_states(self, *args: Any, **kwargs: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Answers of every exit and of the model, and the noise level ``[B]`` with the exits' uncertainties ``[B]``."""
+        if self.state_transform is not None:
+            raise InvalidInput("Gradient equilibrium is not known for denoisers; use a recipe without it.")
+        call = self.net.call(*args, **kwargs)
+        level = self._log_snr(call)
+        if not self.points:
+            return (self.select(self._model(call.kwargs)),), (level,)
+        made, points = self._bound(self._points, self.points, call)
+        state, answers, uncertain = made.begin(**call.kwargs), [], []
+        for boundary in range(len(made.segments)):
+            for point in (p for p in points if p.start == boundary):
+                answers.append(self._leave(made, state, point, level))
+                ask = getattr(point.head or self.heads[point.index], "uncertainty", None)
+                uncertain.append(ask(state.hidden, level) if callable(ask) else level.new_empty(0))
+            state = self._run(made, state)
+        return (*answers, self.select(made.end(state))), (level, *uncertain)
+
+    def _leave(self, made: Cut, state: CutState, point: BoundPoint, level: Tensor) -> Tensor:
+        if point.point.fill.reads_head:
+            answer: Tensor = point.head.output(state.hidden, level)  # type: ignore[union-attr,operator]
+            return answer
+        state = made.skip(state, point.stop, {n: state.values[b] for n, b in point.pairs.items()})
+        while state.at < len(made.segments):
+            state = self._run(made, state)
+        return self.select(made.end(state))
+
+
+class PlanView(DenoisingView):
+    """A denoiser as a plan will run it: every row computes what the plan leaves it, in training and in evaluation. One answer.
+
+    Rows that skip wait where they land, so a step costs what the plan costs. This trains a model for a schedule (Moon et al. 2024) or
+    a group of blocks for its noise levels (LaTtE-Flow).
+
+    Args:
+        net: the denoiser.
+        points: of signals that are known beforehand and fills that remember nothing.
+
+    Raises:
+        InvalidInput: a point measures or remembers, or does not fit.
+    """
+
+    def __init__(self, net: DenoisingNet, points: Sequence[Point]) -> None:
+        for point in points:
+            if not isinstance(point.signal, Scheduled) or point.remembers or getattr(point.signal, "needs_keys", False):
+                raise InvalidInput(
+                    f"Training follows plans that the noise level decides; the point at {point.at!r} has {type(point.signal).__name__} "
+                    f"and {type(point.fill).__name__}. Use NoiseSchedule or NoiseLevel, with Identity or HeadOutput."
+                )
+        self.points = tuple(points)
+        call = net.example_call()
+        bound = net.bind(self.points, call)
+        super().__init__(net, [], [])
+        # Output layers that the plan uses are trained along.
+        self.outputs = nn.ModuleList(dict.fromkeys(p.head for p in bound if p.head is not None))
+        self._points: dict[Any, tuple[BoundPoint, ...]] = {call.key: bound}
+
+    def forward_with_states(self, *args: Any, **kwargs: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """The answer ``[B, C, H, W]`` of every row at the end of its way, and the noise level ``[B]``."""
+        call = self.net.call(*args, **kwargs)
+        made, points = self._bound(self._points, self.points, call)
+        level = self._log_snr(call)
+        exact = self.net.noise.log_snr(call.kwargs[self.net.timestep_name]).tolist()  # one host read a step
+        moment = Moment(exact, [0] * call.rows)
+        fires = [[s >= p.point.threshold for s in p.point.signal.known(moment, p.index)] for p in points]  # type: ignore[union-attr]
+        here: tuple[list[int], CutState] | None = (list(range(call.rows)), made.begin(**call.kwargs))
+        landing: dict[int, list[tuple[list[int], CutState]]] = {}
+        for boundary in range(len(made.segments) + 1):
+            groups = [*([here] if here else []), *landing.pop(boundary, [])]
+            here = ([r for rows, _ in groups for r in rows], made.join([s for _, s in groups])) if groups else None
+            if boundary == len(made.segments):
+                break
+            for point in (p for p in points if p.start == boundary):
+                if here is None:
+                    break
+                rows, state = here
+                gone = [r for r in rows if fires[point.index][r]]
+                left = [r for r in rows if not fires[point.index][r]]
+                if gone:
+                    away = self._skip(made, _taken(made, state, rows, gone), point, level[gone])
+                    landing.setdefault(point.stop, []).append((gone, away))
+                    here = (left, _taken(made, state, rows, left)) if left else None
+            if here is not None:
+                here = (here[0], self._run(made, here[1]))
+        if here is None:
+            raise RuntimeError("No row reached the output; this is a defect in the walk over the boundaries.")
+        rows, state = here
+        return (self.select(made.end(_taken(made, state, rows, sorted(rows)))),), (level,)
+
+    def _skip(self, made: Cut, state: CutState, point: BoundPoint, level: Tensor) -> CutState:
+        if point.point.fill.reads_head:
+            return made.skip(state, point.stop, {point.made[0]: point.head.output(state.hidden, level)})  # type: ignore[union-attr,operator]
+        return made.skip(state, point.stop, point.point.fill.fill({n: state.values[b] for n, b in point.pairs.items()}, (), None))
+
+
+def _taken(made: Cut, state: CutState, rows: list[int], wanted: list[int]) -> CutState:
+    """The wanted rows of a state that has ``rows``."""
+    if wanted == rows:
+        return state
+    place = {r: k for k, r in enumerate(rows)}
+    device = next(v.device for v in state.values.values() if isinstance(v, Tensor))
+    return made.take(state, torch.tensor([place[r] for r in wanted], device=device))
+
+
+__all__ = ["DenoisingView", "ExitsView", "PlanView", "add_heads"]
