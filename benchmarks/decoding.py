@@ -144,7 +144,8 @@ class Bench:
             {
                 "benchmark": "decoding",
                 "shape": {k: getattr(args, k) for k in ("blocks", "width", "heads", "kv_heads", "inner", "vocabulary")},
-                "dtype": args.dtype, "exit": args.exit, "agree": args.agree, "agreement": reached, "factor": factor, "prompt_tokens": args.prompt,
+                "dtype": args.dtype, "exit": args.exit, "agree": args.agree, "agreement": reached, "factor": factor,
+                "prompt_tokens": args.prompt,
                 "new_tokens": args.new, "prompts": args.prompts, "tuning": args.tuning, "weight_bytes": weights,
                 "bandwidth_limit_tokens_per_s": 1e3 / limit.floor_ms(0, weights), "ceilings": limit.to_dict(),
                 "environment": environment(self.device), "rows": [],
@@ -210,7 +211,7 @@ class Bench:
 
     def plain(self) -> None:
         way = Way(self.run(1, [0]), fixed(0))
-        if not self.ready(way.run, 0) or not self.budget.fits("time: plain", 60):
+        if not self.ready(way.run, 0) or not self.budget.fits("time: plain", 25):
             return
         with self.budget.part("time: plain"):
             self._row("ours, plain", way, self.timed({"": way}, self.prompts)[""], None)

@@ -60,7 +60,8 @@ from offramp.policies.decoding import Accept, Plain, Scheduled, Verify, Way
 
 DRAFTING = ("layerskip", "kangaroo", "eesd", "self-supervised-early-exits", "sorted-llama")
 LEAVING = ("free", "ee-llm", "calm", "skipdecode", "self-supervised-early-exits")
-PARTS = ("transformers", *(f"draft:{n}" for n in DRAFTING), *(f"leave:{n}" for n in LEAVING))
+SHORT = {"drafts": [f"draft:{n}" for n in DRAFTING], "leaves": [f"leave:{n}" for n in LEAVING]}
+PARTS = ("transformers", *SHORT["drafts"], *SHORT["leaves"])
 
 
 def composed(name: str, blocks: int, new: int) -> System:
@@ -285,7 +286,7 @@ def main() -> None:
     parser.add_argument("--model", default="runs/lm", help="folder that train_lm.py made")
     parser.add_argument("--out", required=True)
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--parts", default=",".join(PARTS))
+    parser.add_argument("--parts", default=",".join(("transformers", *SHORT)), help=f"{', '.join(SHORT)}, or some of {', '.join(PARTS)}")
     parser.add_argument("--minutes", type=float, default=8.5)
     parser.add_argument("--guess", type=float, default=100, help="seconds that the first system is expected to take, training included")
     parser.add_argument("--keep", action="store_true", help="keep rows that an earlier call with the same settings wrote to the same file")
@@ -311,7 +312,7 @@ def main() -> None:
     parser.add_argument("--peer-repeats", type=int, default=1)
     tuning_argument(parser)
     args = parser.parse_args()
-    asked = asked_parts(args.parts, PARTS)
+    asked = asked_parts(",".join(",".join(SHORT.get(part, [part])) for part in args.parts.split(",")), PARTS)
     table = Table(args)
     parts: dict[str, Any] = {"transformers": table.transformers}
     parts |= {f"draft:{n}": partial(table.draft, n) for n in DRAFTING} | {f"leave:{n}": partial(table.leave, n) for n in LEAVING}
