@@ -39,8 +39,8 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp
     return once
 
 
-def test_there_are_five_short_examples() -> None:
-    assert len(EXAMPLES) == 5
+def test_examples_are_few_and_short() -> None:
+    assert 5 <= len(EXAMPLES) <= 8
     for path in EXAMPLES:
         assert len(path.read_text().splitlines()) < 80, f"{path.name} is no longer short"
 
@@ -85,3 +85,16 @@ def test_text_bert(run: Callable[..., str]) -> None:
     for _, accuracy, exits in rows:
         assert sum(eval(exits)) == 32
         assert float(accuracy) > 0.5
+
+
+def test_language_model(run: Callable[..., str], tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    out = run("language_model")
+    kept, passes, plain = re.search(
+        r"same text: True, drafts kept: ([\d.]+)\npasses over all blocks: (\d+) in place of (\d+)", out
+    ).groups()
+    assert float(kept) > 0.5 and int(passes) < 0.6 * int(plain)
+    assert "as planned, same text: True" in out and "Plain decoding: " in out
+    left, otherwise = map(int, re.search(r"left early: (\d+), of those the model would have written otherwise: (\d+)", out).groups())
+    assert otherwise <= 0.2 * left and left > 20
+    assert (tmp_path / "draft" / "model.safetensors").stat().st_size > 0 and (tmp_path / "exits" / "lm.json").is_file()
