@@ -205,6 +205,8 @@ class DenoisingNet(nn.Module):
         Raises:
             InvalidInput: a place does not exist, a skip goes nowhere or backward, or its fill does not fit; nothing is attached then.
         """
+        if not points:
+            return ()
         call = call or self.example_call()
         made = self.cut(call)
         with torch.no_grad():
@@ -340,6 +342,34 @@ def attach_denoiser(
         NotCuttable: a path does not exist, is not reached or runs more than once, or the model cannot be exported.
         InvalidInput: the example or a head does not fit.
     """
+    probe = uncut_denoiser(model, noise=noise, example=example, timestep=timestep)
+    names = {"timestep": probe.timestep_name, "sample": probe.sample_name}
+    inputs = probe.example_call().kwargs
+    paths = list(at) if at is not None else [b.path for b in repeated_blocks(model, (), inputs)]
+    if isinstance(at, str) or not paths or len(set(paths)) != len(paths):
+        raise InvalidInput(f"`at` must be a list that names at least one module and none twice, got {at!r}.")
+    given = dict(heads or {})
+    if unknown := [p for p in given if p not in paths]:
+        raise InvalidInput(f"A head is given for {unknown[0]!r}, which is not one of the places {paths}.")
+    kept = nn.ModuleDict({p.replace(".", "/"): h for p, h in given.items()})
+    net = DenoisingNet(model, paths, noise, inputs, names, kept)
+    order = [s.name for s in net.cut().segments[:-1]]
+    net.at = tuple(order)
+    return net
+
+
+def uncut_denoiser(model: nn.Module, *, noise: NoiseScale, example: Any, timestep: str | None = None) -> DenoisingNet:
+    """How a denoiser is called and its noise levels, without places and without a cut: for engines that run it in another way.
+
+    Args:
+        model: as for `attach_denoiser`, and so are the others.
+        noise: from its timestep argument to log-SNR.
+        example: inputs as the model takes them.
+        timestep: name of the timestep argument.
+
+    Raises:
+        InvalidInput: the example does not fit.
+    """
     if not isinstance(model, nn.Module):
         raise InvalidInput(f"attach_denoiser takes a torch.nn.Module; got {type(model).__name__}.")
     if not isinstance(noise, NoiseScale):
@@ -358,15 +388,4 @@ def attach_denoiser(
     names = {"timestep": time, "sample": sample}
     probe = DenoisingNet(model, (), noise, {}, names, nn.ModuleDict())
     probe.example = probe.call(*args, **kwargs).kwargs
-    inputs = probe.example_call().kwargs
-    paths = list(at) if at is not None else [b.path for b in repeated_blocks(model, (), inputs)]
-    if isinstance(at, str) or not paths or len(set(paths)) != len(paths):
-        raise InvalidInput(f"`at` must be a list that names at least one module and none twice, got {at!r}.")
-    given = dict(heads or {})
-    if unknown := [p for p in given if p not in paths]:
-        raise InvalidInput(f"A head is given for {unknown[0]!r}, which is not one of the places {paths}.")
-    kept = nn.ModuleDict({p.replace(".", "/"): h for p, h in given.items()})
-    net = DenoisingNet(model, paths, noise, inputs, names, kept)
-    order = [s.name for s in net.cut().segments[:-1]]
-    net.at = tuple(order)
-    return net
+    return probe

@@ -15,7 +15,7 @@ from offramp.core.errors import InvalidInput
 from offramp.core.noise import FlowMatching, NoiseScale
 from offramp.diffusion import DenoisingNet, attach_denoiser
 from offramp.engines.denoise import Denoiser
-from offramp.engines.denoise_step import Runner
+from offramp.engines.denoise_run import Runner
 from offramp.policies.denoising import Point
 
 
@@ -61,6 +61,12 @@ def attach_pipeline(
     elif net.model is not model:
         raise InvalidInput(f"The given net was made for another {type(net.model).__name__} than the pipeline's {name}.")
     denoiser = Denoiser(net, points, observe=observe, run=run)
+    return pipeline_view(pipe, denoiser)
+
+
+def pipeline_view(pipe: Any, denoiser: Denoiser) -> Any:
+    """A view of a pipeline whose denoiser is the given one, made for the pipeline's own model; see `attach_pipeline`."""
+    name = library.denoiser_name(pipe)
     view = copy.copy(pipe)
     kind = type(pipe)
 
