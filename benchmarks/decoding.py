@@ -82,7 +82,7 @@ def agreed_on(lm: LanguageModel, prompts: Sequence[Sequence[int]], new: int) -> 
     return float(agreement(lm, whole, starts=[len(p) for p in prompts]).agreed[:, 0].float().mean())
 
 
-def make_agree(lm: LanguageModel, wanted: float, prompts: Sequence[Sequence[int]], new: int, tries: int = 14) -> tuple[float, float]:
+def make_agree(lm: LanguageModel, wanted: float, prompts: Sequence[Sequence[int]], new: int, tries: int = 12) -> tuple[float, float]:
     """Scale what blocks behind the exit add until the exit agrees at ``wanted`` of the positions; the factor and the agreement reached.
 
     Texts change with the factor, so agreement falls with it only on the whole: of all factors tried, the nearest is kept.
@@ -135,7 +135,7 @@ class Bench:
         ]
         self.many = torch.randint(3, args.vocabulary, (max(args.rows), args.prompt), generator=generator).tolist()
         with self.budget.part("agree"):
-            factor, reached = make_agree(self.lm, args.agree, [p[0] for p in self.prompts], min(args.new, 128))
+            factor, reached = make_agree(self.lm, args.agree, [p[0] for p in self.prompts], min(args.new, 64))
         weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
         weights -= self.model.get_input_embeddings().weight.numel() * self.dtype.itemsize  # one row of it is read
         limit = ceilings(self.device, self.dtype)
