@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +21,9 @@ from torch import Tensor, nn
 
 from offramp.diffusion import BoundPoint, Call, DenoisingNet
 from offramp.engines.denoise_report import Report, StepRecord
-from offramp.engines.denoise_step import Eager, Runner, Walk
+from offramp.engines.denoise_run import Eager, Runner
+from offramp.engines.denoise_step import Walk
+from offramp.engines.denoise_straight import Work, is_straight, note, straight_path
 from offramp.engines.trajectory import Branch, Trajectory
 from offramp.policies.denoising import Moment, Point
 
@@ -37,6 +40,9 @@ class Denoiser(nn.Module):
         observe: note every measured score in the report, for calibration.
         run: runs the segments; by default as they were exported, eagerly. `offramp.engines.denoise_graphs.Captured` compiles and captures.
 
+    Attributes:
+        straight: steps that are known beforehand and the same for every row are run as one function; the results are the same without.
+
     Raises:
         InvalidInput: a point has no such place or its fill does not fit.
     """
@@ -46,6 +52,7 @@ class Denoiser(nn.Module):
         self.net = net
         self.points = tuple(points)
         self.observe = observe
+        self.straight = True
         self.run: Runner = run if run is not None else Eager()
         self.trajectory = Trajectory()
         self._bound: dict[Any, tuple[BoundPoint, ...]] = {}
@@ -98,8 +105,19 @@ class Denoiser(nn.Module):
             if self.trajectory.step == 0 and self.trajectory.branch == 0:
                 self._records.clear()
             record = StepRecord(self.trajectory.branch, self.trajectory.step, log_snr, made.spec.flops)
-            walk = Walk(made, points, branch, moment, sample, final, why, self.run, record, self.observe)
-            output = made.end(walk.all(made.begin(**call.kwargs)))
+            state = made.begin(**call.kwargs)
+            last = len(made.segments)
+            if self.straight and is_straight(points, branch, moment, final):
+                path = straight_path(points, last, branch, moment, final[0], why)
+                work = Work(made, points, path, call.rows)
+                values = self.run.step(work, state, branch.memories, log_snr[0], (self, self.trajectory.branch))
+                state = replace(state, values=values, at=last)
+                note(record, work)
+                for index, memory in enumerate(branch.memories):
+                    memory.skipped([] if index in path.stored else range(call.rows))
+            else:
+                state = Walk(made, points, branch, moment, sample, final, why, self.run, record, self.observe).all(state)
+            output = made.end(state)
             self._records.append(record)
             self._peak = max(self._peak, self.trajectory.cache_bytes)
         if call.return_dict:

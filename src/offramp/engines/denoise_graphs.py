@@ -1,8 +1,8 @@
 """A denoiser's segments compiled, and on CUDA captured as graphs by number of rows.
 
 Segments between two decisions are one function, so that a compiler sees them whole. Each is captured for the rows of a call and for powers
-of two below: fewer rows run in the next larger size, and what the rows beyond them hold is computed along and read by nobody. A schedule
-that is the same for every row thus runs a few graphs a step, at full size, and the host waits for nothing.
+of two below: fewer rows run in the next larger size, and what the rows beyond them hold is computed along and read by nobody. A step
+that is known beforehand and the same for every row is one graph, memories included: one for every depth of a schedule.
 
 On the CPU a "graph" is a plain call: that is how this is tested.
 """
@@ -18,7 +18,11 @@ from torch import Tensor
 
 from offramp.backbones import Cut, CutState
 from offramp.core.errors import InvalidInput
+from offramp.core.noise import noise_share
 from offramp.engines.capture import Graph, Recorder
+from offramp.engines.denoise_straight import Work, weigh
+from offramp.engines.trajectory import Memory
+from offramp.policies.fills import Tensors
 
 
 @dataclass
@@ -33,6 +37,44 @@ class _Span:
     inputs: dict[str, Tensor]
     made: tuple[Tensor, ...] = ()
     graph: Graph | None = None
+
+
+class _Step:
+    """A whole step that is the same for every row, memories at fixed addresses included."""
+
+    def __init__(self, run: Captured, work: Work, state: CutState, memories: Sequence[Memory], owner: Any) -> None:
+        fills = {i: work.points[i].point.fill for i in (*work.path.fired, *work.path.stored)}
+        self.work = work
+        self.inputs = {n: t.clone(memory_format=torch.contiguous_format) for n, t in state.values.items()}
+        self.level = torch.zeros(work.rows, device=run.device)
+        self.weights = {i: torch.zeros(work.rows, fills[i].keeps, device=run.device) for i in work.path.fired if fills[i].keeps > 1}
+        self.memory = {i: run.room(owner, work, i, memories[i].snapshots[0]) for i in work.path.fired if fills[i].keeps}
+        self.outputs: dict[str, Tensor] = {}
+        function = run.recorder.wrap(work.__call__)
+        kept = self._work(work)[1]  # once, to see the shapes of what is kept
+        self.memory |= {i: run.room(owner, work, i, new) for i, new in kept.items()}
+        saved = {i: [{n: t.clone() for n, t in s.items()} for s in held] for i, held in self.memory.items()}
+
+        def call() -> None:
+            self.outputs, kept = self._work(function)
+            for i, new in kept.items():
+                held = self.memory[i]
+                for older, newer in zip(held[:0:-1], held[-2::-1], strict=True):
+                    for name, tensor in older.items():
+                        tensor.copy_(newer[name])
+                for name, tensor in held[0].items():
+                    tensor.copy_(new[name])
+
+        self._graph = run.recorder.graph(call)
+        for i, held in saved.items():  # capturing has run it
+            for snapshot, before in zip(self.memory[i], held, strict=True):
+                for name, tensor in snapshot.items():
+                    tensor.copy_(before[name])
+        self.replay = self._graph.replay
+
+    def _work(self, function: Any) -> Any:
+        remembered = {i: self.memory[i] for i in self.work.path.fired if i in self.memory}
+        return function(self.inputs, remembered, self.weights, self.level)
 
 
 @dataclass
@@ -55,6 +97,8 @@ class Captured:
     _spans: dict[Any, _Span] = field(default_factory=dict, repr=False)
     _functions: dict[Any, Any] = field(default_factory=dict, repr=False)
     _rows: dict[Any, int] = field(default_factory=dict, repr=False)
+    _steps: dict[Any, _Step] = field(default_factory=dict, repr=False)
+    _rooms: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     reuses = True
 
@@ -62,7 +106,7 @@ class Captured:
         self.device = torch.device(self.device)
         if self.sizes is not None and (not self.sizes or list(self.sizes) != sorted(set(self.sizes)) or self.sizes[0] < 1):
             raise InvalidInput(f"sizes must be ascending numbers of rows from 1, got {self.sizes}.")
-        self._recorder = Recorder(self.device, self.compiled)
+        self.recorder = Recorder(self.device, self.compiled)
 
     def size(self, cut: Cut, rows: int) -> int:
         """The number of rows that runs for ``rows``."""
@@ -98,6 +142,42 @@ class Captured:
         hidden = values[str(cut.segments[stop - 1].hidden)] if stop < len(cut.segments) else None
         return CutState(values, state.rows, stop, hidden)
 
+    def step(self, work: Work, state: CutState, memories: Sequence[Memory], log_snr: float, owner: Any) -> dict[str, Tensor]:
+        path, points = work.path, work.points
+        sizes = tuple((t.dtype, tuple(t.shape)) for t in state.values.values())
+        key = (owner, work.cut, id(points), path.parts, path.stored, sizes)
+        step = self._steps.get(key)
+        if step is None:
+            while len(self._steps) >= self.most:
+                del self._steps[next(iter(self._steps))]
+            step = self._steps[key] = _Step(self, work, state, memories, owner)
+        for name, value in state.values.items():
+            step.inputs[name].copy_(value)
+        for i in {*path.fired, *path.stored}:
+            _bring(memories[i], step.memory.get(i, []))
+        for i, weights in step.weights.items():
+            for k, weight in enumerate(weigh(points[i], memories[i], log_snr)):
+                weights[:, k].fill_(weight)
+        step.level.fill_(log_snr)
+        step.replay()
+        now = [noise_share(log_snr)] * work.rows
+        for i in path.stored:
+            memories[i].store(range(work.rows), None, {}, (), now)
+            if i in step.memory:
+                held = min(len(memories[i].snapshots) + 1, points[i].point.fill.keeps)
+                memories[i].snapshots = step.memory[i][:held]
+                memories[i].broken = [torch.zeros(work.rows, dtype=torch.bool, device=self.device)] * held
+        return {n: t.clone() for n, t in step.outputs.items()}
+
+    def room(self, owner: Any, work: Work, index: int, like: Tensors) -> list[dict[str, Tensor]]:
+        """Memory at fixed addresses for a point: the same for all steps of one owner at one number of rows."""
+        key = (owner, work.cut, id(work.points), index, work.rows)
+        if key not in self._rooms:
+            keeps = work.points[index].point.fill.keeps
+            # The points are kept too, so that no others take their place in the key.
+            self._rooms[key] = ([{n: torch.zeros_like(t) for n, t in like.items()} for _ in range(keeps)], work.points)
+        return self._rooms[key][0]
+
     def _capture(self, key: Any, cut: Cut, state: CutState, stop: int, size: int, given: dict[str, Tensor]) -> _Span:
         while len(self._spans) >= self.most:
             del self._spans[next(iter(self._spans))]
@@ -109,16 +189,24 @@ class Captured:
         span = _Span(inputs)
         function = self._functions.get((cut, state.at, stop))
         if function is None:
-            function = self._recorder.wrap(_function(cut, state.at, stop, tuple(given)))
+            function = self.recorder.wrap(_function(cut, state.at, stop, tuple(given)))
             self._functions[cut, state.at, stop] = function
 
         def call() -> None:
             span.made = function(*span.inputs.values())
 
-        span.graph = self._recorder.graph(call)
+        span.graph = self.recorder.graph(call)
         span.graph.replay()  # what was captured has not run
         self._spans[key] = span
         return span
+
+
+def _bring(memory: Memory, room: list[dict[str, Tensor]]) -> None:
+    """What a memory holds elsewhere is copied to its fixed addresses."""
+    for snapshot, place in zip(memory.snapshots, room, strict=False):
+        for name, tensor in place.items():
+            if snapshot[name] is not tensor:
+                tensor.copy_(snapshot[name])
 
 
 def _reads(cut: Cut, start: int, stop: int) -> tuple[str, ...]:

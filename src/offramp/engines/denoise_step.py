@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,32 +16,10 @@ from offramp.backbones import Cut, CutState
 from offramp.core.noise import noise_share
 from offramp.diffusion import BoundPoint
 from offramp.engines.denoise_report import StepRecord
+from offramp.engines.denoise_run import Runner
+from offramp.engines.denoise_straight import must_compute
 from offramp.engines.trajectory import Branch, Memory
 from offramp.policies.denoising import Measured, Moment, Scheduled, Seen
-
-
-class Runner(Protocol):
-    """Runs segments: the one place where compiled or captured ones go.
-
-    Attributes:
-        reuses: whether the tensors it returns are written over by its next call, so that what outlives this call must be copied.
-    """
-
-    @property
-    def reuses(self) -> bool: ...
-
-    def __call__(self, cut: Cut, state: CutState, stop: int) -> CutState:
-        """The state at boundary ``stop``. No decision falls between."""
-        ...
-
-
-class Eager:
-    """Segments as they were exported."""
-
-    reuses = False
-
-    def __call__(self, cut: Cut, state: CutState, stop: int) -> CutState:
-        return cut.run(state, state.at, stop)
 
 
 @dataclass
@@ -178,19 +155,6 @@ class Walk:
     def _start(self, point: BoundPoint, state: CutState) -> dict[str, Tensor]:
         return {n: state.values[b] for n, b in point.pairs.items()} if point.point.fill.paired else {}
 
-    def _reason(self, point: BoundPoint, memory: Memory, row: int) -> str:
-        """Why a row must compute whatever its score; empty if its score decides."""
-        limits = point.point.limits
-        if point.point.remembers and not memory.noise[row]:
-            return self.why or ("first" if self.branch.step[row] == 0 else "missing")
-        if self.branch.step[row] < limits.first:
-            return "first"
-        if limits.last and self.final[row]:
-            return "last"
-        if limits.max_reuse is not None and memory.age[row] >= limits.max_reuse:
-            return "cap"
-        return ""
-
     def _decide(self, point: BoundPoint, group: _Group) -> _Group | None:
         """Send away the rows whose score reaches the threshold; returns the others."""
         if point.point.threshold == math.inf:
@@ -198,7 +162,7 @@ class Walk:
         memory = self.branch.memories[point.index]
         asked = []
         for row in group.rows:
-            if reason := self._reason(point, memory, row):
+            if reason := must_compute(point, self.branch, memory, row, self.final[row], self.why):
                 self.record.reasons[point.index, reason] += 1
             else:
                 asked.append(row)

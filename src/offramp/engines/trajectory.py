@@ -5,7 +5,7 @@ Shapes: ``B`` rows of a call, ``R`` of them at hand.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,7 +81,7 @@ class Memory:
             self.noise[r] = []
             self.age[r] = 0
 
-    def skipped(self, rows: Sequence[int]) -> None:
+    def skipped(self, rows: Iterable[int]) -> None:
         """A step of these rows was not computed."""
         for r in rows:
             self.age[r] += 1

@@ -13,8 +13,8 @@ from offramp.core.errors import InvalidInput
 from offramp.diffusion import DenoisingNet
 from offramp.engines.denoise import Denoiser
 from offramp.engines.denoise_graphs import Captured
-from offramp.policies.denoising import INPUT, OUTPUT, Every, NoiseLevel, NoiseSchedule, Point
-from offramp.policies.fills import CachedOutput, Identity
+from offramp.policies.denoising import INPUT, OUTPUT, Every, Guard, NoiseLevel, NoiseSchedule, Point, depth_schedule
+from offramp.policies.fills import CachedOutput, CachedResidual, Extrapolated, HeadOutput, Identity
 
 CPU = torch.device("cpu")
 
@@ -39,14 +39,79 @@ def test_without_points_it_is_one_graph_and_bit_exact(net: DenoisingNet) -> None
     run = Captured(CPU, compiled=False)
     x, y = draw(3)
     assert all(torch.equal(a, b) for a, b in zip(trajectory(Denoiser(net, run=run), x, y), trajectory(net.model, x, y), strict=True))
-    assert len(run._spans) == 1
+    assert not run._spans and len(run._steps) == 1
 
 
-def test_a_schedule_runs_one_graph_per_part_at_full_size(net: DenoisingNet) -> None:
+def test_a_schedule_is_one_graph_per_depth(net: DenoisingNet) -> None:
+    run = Captured(CPU, compiled=False)
+    runner = Denoiser(net, depth_schedule((-2.0, 1.0), (0, 2, None)), run=run)
+    for _ in range(2):
+        trajectory(runner, *draw(5))
+    assert not run._spans and len(run._steps) == 3
+    assert sorted(set(runner.report.depth[0].tolist())) == [2, 4, 6]
+
+
+def test_parts_between_decisions_are_captured_where_a_step_is_not_known_beforehand(net: DenoisingNet) -> None:
     run = Captured(CPU, compiled=False)
     runner = Denoiser(net, [Point("blocks.1", -1, Identity(), NoiseLevel(), 0.0)], run=run)
+    runner.straight = False
     trajectory(runner, *draw(5))
     assert sorted((start, stop, rows) for _, start, stop, rows, _ in run._spans) == [(0, 3, 5), (3, 5, 5), (5, 6, 5)]
+
+
+KNOWN = {
+    "noise level": PLANS["noise level"],
+    "noise schedule": PLANS["noise schedule"],
+    "interval, extrapolated": PLANS["interval, extrapolated"],
+    "interval, residual": [Point("blocks.0", -1, CachedResidual(), Every(3), guard=Guard(max_reuse=1))],
+    "output, extrapolated": [Point(INPUT, OUTPUT, Extrapolated(1), Every(2))],
+    "an output layer": [Point("blocks.1", OUTPUT, HeadOutput(), NoiseLevel(), 0.5)],
+    "nested": [
+        Point("inlet", "blocks.2", CachedOutput(), Every(2)),
+        Point("blocks.0", "blocks.1", Identity(), NoiseSchedule((-1.0,), (True, False))),
+        Point("blocks.2", OUTPUT, Extrapolated(2), NoiseSchedule((0.0, 2.0), (False, True, False))),
+    ],
+}
+
+
+@pytest.mark.parametrize("plan", KNOWN)
+def test_steps_that_are_known_beforehand_are_the_walk_in_one_piece(net: DenoisingNet, plan: str) -> None:
+    x, y = draw(3)
+    runners = [Denoiser(net, KNOWN[plan], run=run) for run in (None, None, Captured(CPU, compiled=False))]
+    runners[0].straight = False
+    for _ in range(2):
+        walk, eager, captured = (trajectory(r, x, y) for r in runners)
+        for a, b, c in zip(walk, eager, captured, strict=True):
+            torch.testing.assert_close(b, a, atol=1e-6, rtol=1e-6)
+            torch.testing.assert_close(c, a, atol=1e-6, rtol=1e-6)
+        first, *others = (r.report for r in runners)
+        for other in others:
+            assert torch.equal(first.depth, other.depth) and torch.equal(first.flops, other.flops)
+            assert torch.equal(first.fired, other.fired) and first.reasons == other.reasons
+    assert first.cost < 1
+
+
+def test_both_ways_share_their_memories(net: DenoisingNet) -> None:
+    x, y = draw(2)
+    levels = [(900, 900), (800, 800), (700, 650), (600, 550), (500, 400), (300, 300), (200, 200), (980, 980), (900, 900)]
+    plan = [Point("inlet", -1, Extrapolated(1), NoiseSchedule((-0.5, 0.5), (False, True, False))), *KNOWN["interval, residual"]]
+    runners = [Denoiser(net, plan, run=run) for run in (None, None, Captured(CPU, compiled=False))]
+    runners[0].straight = False
+    for k, times in enumerate(levels):
+        walk, eager, captured = (r(x * (1 - 0.02 * k), torch.tensor(times), y) for r in runners)
+        torch.testing.assert_close(eager, walk, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(captured, walk, atol=1e-6, rtol=1e-6)
+
+
+def test_guidance_branches_do_not_share_captured_memories(net: DenoisingNet) -> None:
+    (x, y), (x2, y2) = draw(2), draw(2, seed=9)
+    plan = KNOWN["interval, extrapolated"]
+    both, lone = Denoiser(net, plan, run=Captured(CPU, compiled=False)), Denoiser(net, plan)
+    for time in (900, 700, 600, 300, 200):
+        t = torch.full((2,), time)
+        got = both(x * time, t, y)
+        both(x2, t, y2)
+        torch.testing.assert_close(got, lone(x * time, t, y), atol=1e-6, rtol=1e-6)
 
 
 def test_rows_run_in_the_next_size_and_what_was_there_before_does_not_matter(net: DenoisingNet) -> None:
@@ -78,8 +143,9 @@ def test_what_is_kept_or_returned_does_not_change_with_the_next_call(net: Denois
     runner = Denoiser(net, [Point(INPUT, OUTPUT, CachedOutput(), Every(3))], run=Captured(CPU, compiled=False))
     first = runner(x, torch.full((2,), 900), y)
     kept = first.clone()
-    for tensor in next(iter(runner.run._spans.values())).made:  # type: ignore[attr-defined]
-        tensor.fill_(7.0)  # as the next replay would
+    for step in runner.run._steps.values():  # type: ignore[attr-defined]
+        for tensor in step.outputs.values():
+            tensor.fill_(7.0)  # as the next replay would
     assert torch.equal(first, kept)
     assert torch.equal(runner(x, torch.full((2,), 800), y), kept)
 
