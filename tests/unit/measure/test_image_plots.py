@@ -217,9 +217,9 @@ def few_steps(*values: tuple[float, tuple[float, ...]], name: str = "few-steps")
 
 
 def test_controls_are_read_at_the_same_cost_seed_by_seed() -> None:
-    controls = few_steps((0.4, (20.0, 22.0, 24.0)), (0.8, (10.0, 14.0, 12.0)))
-    (found,) = against_controls([ImageResult("ours", "", (10.0, 13.1, 12.9), 0.6), *controls], lambda r: r.flops)
-    assert found.control == "few-steps" and found.control_fid == pytest.approx(17)
+    controls = few_steps((1.0, (1.0, 1.0, 1.0)), (0.2, (40.0, 40.0, 40.0)), (0.4, (20.0, 22.0, 24.0)), (0.8, (10.0, 14.0, 12.0)))
+    (found,) = against_controls([ImageResult("ours", "", (12.5, 15.1, 15.9), 0.5), *controls], lambda r: r.flops)
+    assert found.control == "few-steps" and found.control_fid == pytest.approx((17.5 + 20 + 21) / 3)  # a quarter of the way
     assert found.difference is not None and found.difference.value == pytest.approx(-5)
     assert found.difference.high - found.difference.value == pytest.approx(4.30265 * 0.1 / 3**0.5, rel=1e-4)  # -5, -4.9, -5.1
     assert found.verdict == "better"

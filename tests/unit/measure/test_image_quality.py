@@ -205,6 +205,15 @@ def test_equal_generators_are_rarely_called_different() -> None:
     assert different <= 6  # 2 expected
 
 
+def test_the_interval_takes_the_bias_of_few_images_off() -> None:
+    """Both are as good as can be; the fewer images have the larger distance for being few."""
+    real = gaussian(torch.zeros(8), torch.eye(8), 10**6)
+    many, few = normal(4000, 8), normal(80, 8, seed=1)
+    e = fid_difference(few, many, real, paired=False, draws=100)
+    assert e.value == pytest.approx(fid(FeatureStatistics.of(few), real) - fid(FeatureStatistics.of(many), real), abs=1e-9)
+    assert e.value > 0.1 and not outside_spread(e)
+
+
 def test_pairing_sees_a_difference_that_is_lost_without_it() -> None:
     real = FeatureStatistics.of(normal(5000, 6, seed=9))
     noise = normal(1000, 6)
@@ -395,6 +404,17 @@ def test_copies_are_inside_whatever_is_rounded() -> None:
     assert density_coverage(real, image.expand(20, -1).contiguous()).coverage == pytest.approx(10 / 60)
     same = precision_recall(real, real.clone())
     assert (same.precision, same.recall) == (1, 1)
+    for seed in range(5):  # every image twice: all balls have radius zero, and a product's rounding depends on its shape
+        once = normal(64, 3, seed=seed).double() * 10
+        pairs, shuffled = torch.cat([once, once.flip(0)]), once[torch.randperm(64)]
+        assert precision_recall(pairs, shuffled, 1, chunk=7).precision == 1
+
+
+def test_the_edge_of_a_ball_is_inside() -> None:
+    line = torch.arange(4.0)[:, None]
+    outside = torch.tensor([[-1.0], [4.0], [-1.001], [4.001]])
+    assert precision_recall(line, outside, 1).precision == 0.5
+    assert density_coverage(line, outside, 1).coverage == 0.5
 
 
 def test_neighbourhoods_check_what_they_get() -> None:
