@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,28 @@ class ImageResult:
     def point(self, cost: float) -> CostPoint:
         """This result in a figure whose horizontal axis gives it ``cost``."""
         return CostPoint(self.name, self.setting, cost, self.fid, self.control)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON data, for a committed result; `from_dict` reads it."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> ImageResult:
+        """What `to_dict` gave, also after JSON has made strings of batch sizes and lists of tuples.
+
+        Raises:
+            InvalidInput: a needed entry is missing, or one is unknown.
+        """
+        values = dict(data)
+        try:
+            values["fid"] = tuple(float(v) for v in values["fid"])
+            for name in ("time_ms", "exit_efficiency"):
+                values[name] = {int(b): float(v) for b, v in values.get(name, {}).items()}
+            for name, kind in (("precision_recall", PrecisionRecall), ("density_coverage", DensityCoverage)):
+                values[name] = kind(**values[name]) if values.get(name) is not None else None
+            return cls(**values)
+        except (KeyError, TypeError) as error:
+            raise InvalidInput(f"These are not the entries of an image result: {sorted(data)} ({error}).") from error
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html.parser
 import io
+import json
 import re
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -246,6 +247,15 @@ def test_of_settings_at_one_cost_the_best_counts_and_one_seed_settles_nothing() 
     assert same.control_fid == 7 and same.verdict == "one seed: not clear"
     (between,) = against_controls([ImageResult("ours", "", (1.0,), 0.75), *controls], lambda r: r.flops)
     assert between.control_fid == pytest.approx(6.5)
+
+
+def test_results_survive_json() -> None:
+    result = ImageResult("a", "b", (1.0, 2.0), 0.5, {1: 3.0}, precision_recall=PrecisionRecall(0.1, 0.2), exit_efficiency={8: 0.9})
+    assert ImageResult.from_dict(json.loads(json.dumps(result.to_dict()))) == result
+    with pytest.raises(InvalidInput, match="not the entries"):
+        ImageResult.from_dict({"name": "a", "setting": "", "fid": [1.0], "flops": 0.5, "speed": 3})
+    with pytest.raises(InvalidInput, match="not the entries"):
+        ImageResult.from_dict({"name": "a"})
 
 
 def test_results_are_checked() -> None:
