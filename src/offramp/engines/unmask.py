@@ -23,7 +23,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from offramp.backbones.masked_lm import MaskedLM, StateCache
+from offramp.backbones.masked_lm import MaskedLM
+from offramp.backbones.state_cache import StateCache
 from offramp.core.errors import InvalidInput
 from offramp.core.modes import evaluating
 from offramp.engines.unmask_step import Texts, UnmaskStep
@@ -106,7 +107,7 @@ def unmask(
     if lm.mask_token_id in ends:
         raise InvalidInput(f"The mask token {lm.mask_token_id} cannot end a row; it is never written.")
     with torch.inference_mode(), evaluating(lm.model):
-        texts = _begin(lm, prompts, gen_length, way.refresh.drift is not None)
+        texts = _begin(lm, prompts, gen_length, way.refresh.test is not None)
         ending = torch.tensor(sorted(ends), dtype=torch.int64, device=lm.device)
         result = _nothing_yet(lm, prompts)
         history: list[Tensor] = []
@@ -125,7 +126,7 @@ def unmask(
                     break
                 texts = texts.take(torch.tensor([row for row, count in enumerate(masks) if count], device=lm.device))
                 continue
-            step = UnmaskStep(lm, texts, way.refresh.drift, scope.candidates, need, [bool(w) for w in whole], max(needed), max(candidates))
+            step = UnmaskStep(lm, texts, way.refresh.test, scope.candidates, need, [bool(w) for w in whole], max(needed), max(candidates))
             hidden = step.run()
             history.append(torch.stack([texts.ids, step.origin]))
             all_new = step.origin == 0

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from offramp.backbones.masked_lm import Call, Look, MaskedLM, StateCache
+from offramp.backbones.masked_lm import Call, Look, MaskedLM
+from offramp.backbones.state_cache import StateCache
+from offramp.policies.refresh import DriftTest
 
 
 @dataclass
@@ -34,7 +36,7 @@ class Texts:
         age: int64 ``[B]``, see `offramp.policies.refresh.Progress`; -1 = nothing has been computed yet.
         low: int64 ``[B]``, see `Progress.refreshed_low` there.
         tracked: int64 ``[B, L - 1]``, the token whose attention is watched in each block; no columns without a drift test.
-        reference: float32 ``[B, L - 1, T]``, what it attended to when its block was last computed for every position.
+        reference: float32 ``[B, L - 1, T]``, what it attended to when its block was last computed for every position, or the step before.
         steps: int64 ``[B]``.
         pairs: int64 ``[B]``, (position, block) pairs that were computed.
         looks: int64 ``[B]``, attention rows that were looked at.
@@ -99,7 +101,7 @@ class UnmaskStep:
     Args:
         lm: the model.
         texts: the rows; what is known of them is brought up to date.
-        drift: least cosine of attention rows, or `None` for no test.
+        test: of drift, or `None`.
         candidates: bool ``[B, T]``, whose states are asked for; at most ``most`` in a row.
         need: bool ``[B, T]``, what narrow rows compute, candidates and watched tokens included; at most ``width`` in a row.
         due: which rows are whole from the first block on.
@@ -116,14 +118,14 @@ class UnmaskStep:
         self,
         lm: MaskedLM,
         texts: Texts,
-        drift: float | None,
+        test: DriftTest | None,
         candidates: Tensor,
         need: Tensor,
         due: Sequence[bool],
         width: int,
         most: int,
     ) -> None:
-        self.lm, self.texts, self.drift = lm, texts, drift
+        self.lm, self.texts, self.test = lm, texts, test
         self.candidates, self.counted = first_places(candidates, most)
         self.places, there = first_places(need, width)
         self.slots = torch.where(there, self.places, texts.cache.nowhere)
@@ -165,7 +167,7 @@ class UnmaskStep:
 
     def _tests(self, block: int) -> bool:
         """Whether attention is watched in a block: behind the last one there is nothing to compute again."""
-        return self.drift is not None and block < len(self.lm) - 1
+        return self.test is not None and block < len(self.lm) - 1
 
     def _whole(self, block: int) -> None:
         """Run a block on every position of the whole rows; choose what is watched there from now on."""
@@ -193,13 +195,13 @@ class UnmaskStep:
         cosine: list[Tensor] = []
         if self._tests(block):
             place = self.rank[rows].gather(1, texts.tracked[rows, block, None])
-            call.watch = lambda look: cosine.append(F.cosine_similarity(look(place)[:, 0], texts.reference[rows, block], dim=1))
+            call.watch = lambda look: cosine.append(self._compare(block, rows, look(place)[:, 0]))
             texts.looks[rows] += 1
         self.narrow.hidden = self.lm.run(self.narrow.hidden, block, call)
         texts.pairs[rows] += self.needed[rows]
-        if self.drift is None or not cosine:
+        if self.test is None or not cosine:
             return
-        stays = cosine[0] >= self.drift  # what is not a number does not stay
+        stays = cosine[0] >= self.test.least  # what is not a number does not stay
         drifting = (~stays).nonzero().squeeze(1)
         if not len(drifting):
             return
@@ -208,3 +210,10 @@ class UnmaskStep:
         self.narrow = _Group(rows[kept], self.narrow.hidden[kept])
         before = texts.cache.kept(block, moved)
         self.whole = _Group(torch.cat([self.whole.rows, moved]), torch.cat([self.whole.hidden, before]))
+
+    def _compare(self, block: int, rows: Tensor, now: Tensor) -> Tensor:
+        """Cosine ``[R]`` of what the watched tokens attend to now (``[R, T]``) and then."""
+        cosine = F.cosine_similarity(now, self.texts.reference[rows, block], dim=1)
+        if self.test is not None and self.test.rolling:
+            self.texts.reference[rows, block] = now
+        return cosine

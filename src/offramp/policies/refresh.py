@@ -118,13 +118,26 @@ class Progress:
     valid: Tensor
 
 
+@dataclass(frozen=True)
+class DriftTest:
+    """When a row computes the other blocks for every position: when what a watched token attends to has changed.
+
+    Attributes:
+        least: cosine of attention rows below which it has.
+        rolling: compare with the step before; else with when the block was last computed for every position.
+    """
+
+    least: float
+    rolling: bool = False
+
+
 @runtime_checkable
 class Refresh(Protocol):
     """What is computed again at a step. The first step of a text computes everything whatever it says."""
 
     @property
-    def drift(self) -> float | None:
-        """Least cosine of attention rows; a row that falls below it computes the other blocks for every position. `None` = no test."""
+    def test(self) -> DriftTest | None:
+        """Of drift, in every block but the last; `None` = none."""
         ...
 
     def due(self, progress: Progress) -> Tensor:
@@ -141,7 +154,7 @@ class Full:
     """Everything at every step: no cache. What all others are held to."""
 
     @property
-    def drift(self) -> float | None:
+    def test(self) -> DriftTest | None:
         return None
 
     def due(self, progress: Progress) -> Tensor:
@@ -165,7 +178,7 @@ class EveryN:
         _at_least_one("steps", self.steps)
 
     @property
-    def drift(self) -> float | None:
+    def test(self) -> DriftTest | None:
         return None
 
     def due(self, progress: Progress) -> Tensor:
@@ -186,7 +199,7 @@ class PerBlock:
     suffix: bool = False
 
     @property
-    def drift(self) -> float | None:
+    def test(self) -> DriftTest | None:
         return None
 
     def due(self, progress: Progress) -> Tensor:
@@ -210,13 +223,20 @@ class Elastic:
     Attributes:
         drift: gamma. Above 1 everything is computed at every step; at -1 or below, nothing is computed again after the first step. The
             paper uses 0.9 for text.
+        rolling: compare with the step before instead of the last refresh, so that slow drift is not noticed. Notes on the paper can be read
+            either way.
     """
 
     drift: float = 0.9
+    rolling: bool = False
 
     def __post_init__(self) -> None:
         if math.isnan(self.drift):
             raise InvalidInput("drift must be a number, a cosine; got nan.")
+
+    @property
+    def test(self) -> DriftTest | None:
+        return DriftTest(self.drift, self.rolling)
 
     def due(self, progress: Progress) -> Tensor:
         return torch.zeros_like(progress.age, dtype=torch.bool)
@@ -259,4 +279,4 @@ def _at_least_one(name: str, value: int) -> None:
         raise InvalidInput(f"{name} must be at least 1, got {value}.")
 
 
-__all__ = ["Blocks", "Elastic", "EveryN", "Full", "Order", "PerBlock", "Progress", "Refresh", "Scope", "Sliding", "Unmask"]
+__all__ = ["Blocks", "DriftTest", "Elastic", "EveryN", "Full", "Order", "PerBlock", "Progress", "Refresh", "Scope", "Sliding", "Unmask"]

@@ -40,6 +40,7 @@ WAYS = [
     Unmask(PerBlock(), Blocks(6), SURE),
     Unmask(PerBlock(suffix=True), Blocks(6), SURE),
     Unmask(Elastic(0.98), Sliding(5), SURE),
+    Unmask(Elastic(0.99, rolling=True), Sliding(5), SURE),
     Unmask(Elastic(0.995), Blocks(6), SURE),
 ]
 
@@ -148,7 +149,8 @@ class TestRows:
 class Written:
     """The drift test of one row, written out with the modules of a Llama and whole attention maps."""
 
-    def __init__(self, model: Any, drift: float) -> None:
+    def __init__(self, model: Any, drift: float, rolling: bool) -> None:
+        self.rolling = rolling
         self.model, self.drift, self.blocks = model, drift, list(model.model.layers)
         self.states: list[Tensor] = []  # before each block
         self.keys: list[Tensor] = []
@@ -195,7 +197,8 @@ class Written:
             after, weights = self.block(k, places)
             if places != everything and k < len(self.blocks) - 1:
                 now = weights[places.index(self.tracked[k])]
-                if not F.cosine_similarity(now, self.reference[k], dim=0) >= self.drift:
+                then, self.reference[k] = self.reference[k], now if self.rolling else self.reference[k]
+                if not F.cosine_similarity(now, then, dim=0) >= self.drift:
                     places, origin = everything, k + 1
                     after, weights = self.block(k, places)
             if places == everything:
@@ -207,11 +210,12 @@ class Written:
         return self.model.lm_head(self.model.model.norm(self.states[-1][candidates]))
 
 
+@pytest.mark.parametrize("rolling", [False, True], ids=["since refresh", "rolling"])
 @pytest.mark.parametrize("drift", [0.9, 0.98, 0.995])
 @pytest.mark.parametrize("prompt", prompts((5, 12)), ids=len)
-def test_drift_is_tested_as_written_out(llama: MaskedLM, drift: float, prompt: list[int]) -> None:
+def test_drift_is_tested_as_written_out(llama: MaskedLM, drift: float, prompt: list[int], rolling: bool) -> None:
     text = torch.tensor(prompt + [MASK] * NEW)
-    other, recent, size = Written(llama.model, drift), [], 5
+    other, recent, size = Written(llama.model, drift, rolling), [], 5
     with torch.no_grad():
         while MASK in text:
             candidates = [i for i in range(len(text)) if text[i] == MASK][:size]
@@ -222,9 +226,9 @@ def test_drift_is_tested_as_written_out(llama: MaskedLM, drift: float, prompt: l
             for n, i in enumerate(candidates):
                 if i in recent:
                     text[i] = token[n]
-    found = unmask(llama, [prompt], NEW, Unmask(Elastic(drift), Sliding(size), SURE))
+    found = unmask(llama, [prompt], NEW, Unmask(Elastic(drift, rolling), Sliding(size), SURE))
     assert found.refreshed[0] == other.refreshed and found.tokens[0] == text[len(prompt) :].tolist()
-    if drift == 0.98:
+    if drift == 0.995:
         assert len(set(found.refreshed[0])) > 2, "a case in which rows drift at unlike blocks"
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from offramp.core.errors import InvalidInput
 from offramp.core.parts import part_from_dict, part_to_dict
-from offramp.policies.refresh import Blocks, Elastic, EveryN, Full, PerBlock, Progress, Sliding, Unmask
+from offramp.policies.refresh import Blocks, DriftTest, Elastic, EveryN, Full, PerBlock, Progress, Sliding, Unmask
 
 KNOWN: dict[str, type] = {c.__name__: c for c in (Full, EveryN, PerBlock, Elastic, Sliding, Blocks, Unmask)}
 
@@ -53,7 +53,7 @@ def progress(age: list[int], refreshed_low: list[int], order: Sliding | Blocks =
 
 class TestRefreshes:
     def test_full(self) -> None:
-        assert Full().due(progress([0, 5], [2, 3])).all() and Full().drift is None
+        assert Full().due(progress([0, 5], [2, 3])).all() and Full().test is None
 
     def test_every_n(self) -> None:
         now = progress([0, 2], [2, 3])
@@ -68,11 +68,13 @@ class TestRefreshes:
 
     def test_elastic_waits_for_drift(self) -> None:
         now = progress([9, 9], [0, 0], Sliding(2))
-        assert not Elastic(0.9).due(now).any() and Elastic(0.9).drift == 0.9
+        assert not Elastic(0.9).due(now).any() and Elastic(0.9).test == DriftTest(0.9)
         assert torch.equal(Elastic().queried(now), marks("...###....", "....#...#."))
 
 
-@pytest.mark.parametrize("way", [Unmask(), Unmask(Elastic(0.8), Sliding(8), 0.7), Unmask(PerBlock(True), Blocks(16)), Unmask(EveryN(4))])
+@pytest.mark.parametrize(
+    "way", [Unmask(), Unmask(Elastic(0.8, rolling=True), Sliding(8), 0.7), Unmask(PerBlock(True), Blocks(16)), Unmask(EveryN(4))]
+)
 def test_ways_are_data(way: Unmask) -> None:
     assert part_from_dict(json.loads(json.dumps(part_to_dict(way))), KNOWN) == way
 
