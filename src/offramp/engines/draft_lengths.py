@@ -89,8 +89,8 @@ class Chooser:
             judged: drafts since the start that the full model has looked at: those up to and with the first rejected of each row.
             kept: those of them that it kept.
         """
-        new, good = judged - self._before[0], kept - self._before[1]
-        self._before = (judged, kept)
+        new, good = max(0, judged - self._before[0]), max(0, kept - self._before[1])
+        self._before = (max(judged, self._before[0]), max(kept, self._before[1]))
         fading = math.exp(-new / self.known.memory)
         self._judged, self._kept = self._judged * fading + new, self._kept * fading + good
         self.length = self.known.best(self.acceptance)

@@ -80,6 +80,7 @@ class Rounds:
         self.device = self.model.device
         self.ends = [] if eos_token_id is None else [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
         self.stop = stop if stop is not None else FixedLength()
+        self.fixed = isinstance(self.stop, FixedLength)
         self.sample_drafts = sample_drafts and self.sampling.do_sample
         cuda = self.device.type == "cuda"
         self.recorder = Recorder(self.device, cuda if compiled is None else compiled)
@@ -100,7 +101,8 @@ class Rounds:
         self.depth = lm.exits[exit_index] if most else len(self.model)
         wrap = self.recorder.wrap
         self._shallow, self._draft, self._observe = wrap(self._run_shallow), wrap(self._make_draft), wrap(self._show)
-        self._go, self._deep, self._settle = wrap(self._decide), wrap(self._run_deep), wrap(self._end)
+        self._begin, self._go = wrap(self._open), wrap(self._decide)
+        self._deep, self._settle = wrap(self._run_deep), wrap(self._end)
         self._graphs: dict[tuple[int, bool], Graph] = {}
 
     # What a round is made of. Each piece is compiled by itself, as most run several times in a round. -----------------------------
@@ -117,9 +119,9 @@ class Rounds:
             token = draw(q, noise)
         else:
             token = logits.argmax(-1)
-            q = Sampling().probabilities(logits) if self.sampling.do_sample else logits[:, :0]
-        if isinstance(self.stop, FixedLength):  # asks nothing
-            return token, q, logits[:, 0]
+            q = Sampling().probabilities(logits) if self.sampling.do_sample else logits.new_zeros(len(logits), 0)
+        if self.fixed:  # asks nothing
+            return token, q, noise
         return token, q, logits.float().softmax(-1).gather(1, token[:, None]).squeeze(1)
 
     def _show(self, hidden: Tensor, positions: Tensor, running: Tensor) -> None:
@@ -130,10 +132,20 @@ class Rounds:
         own = self.state.own
         return None if own is None else self.model.step(own, positions[:, None], running[:, None])
 
-    def _decide(self, rule: RuleState, made: int, sure: Tensor, first: Tensor, drafting: Tensor) -> tuple[Tensor, RuleState]:
-        """Which rows make a draft after ``made``, by the rule alone."""
+    def _open(self, length: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Position of each row's newest token, that token, and how many drafts it can still use, 0 for rows that are finished."""
+        state = self.state
+        first = state.length - 1
+        room = (state.limit - state.length - 1).clamp(min=0, max=length)
+        return first, state.tokens.gather(1, first[:, None]).squeeze(1), torch.where(state.alive, room, 0)
+
+    def _decide(
+        self, rule: RuleState, made: int, sure: Tensor, first: Tensor, drafting: Tensor, counts: Tensor, room: Tensor
+    ) -> tuple[Tensor, Tensor, RuleState]:
+        """After draft ``made``: which rows make another, how many each has, and the rule's state."""
+        counts = counts + drafting
         go, after = self.stop.go(rule, made, sure, self.chances.at(first, made))
-        return drafting & go, after
+        return drafting & (counts < room) & go, counts, after
 
     def _run_deep(self, states: Tensor, first: Tensor, pending: Tensor) -> Tensor:
         place = torch.arange(states.shape[1], device=first.device)
@@ -166,12 +178,10 @@ class Rounds:
         self.count[2] = state.length.max()
 
     def _round(self, length: int, watched: bool) -> None:
-        state = self.state
-        first = state.length - 1
-        room = (state.limit - state.length - 1).clamp(min=0, max=length)  # drafts that can still matter
-        counts = torch.zeros_like(first)
-        running, drafting = state.alive, state.alive & (room > 0)
-        token, rule = state.tokens.gather(1, first[:, None]).squeeze(1), self.rule
+        state, rule = self.state, self.rule
+        first, token, room = self._begin(length)
+        # Without a rule every row drafts alike: what lies beyond a row's room is thrown away with the row, and no mask is needed.
+        running, drafting, counts = state.alive, room > 0, room if self.fixed else torch.zeros_like(room)
         states: list[Tensor] = []
         drafts: list[Tensor] = []
         drafted: list[Tensor] = []
@@ -182,11 +192,9 @@ class Rounds:
             token, q, sure = self._draft(hidden, chance, first + made, running)
             drafts.append(token)
             drafted.append(q)
-            counts = counts + drafting
-            running = drafting
-            drafting = drafting & (counts < room)
-            if not isinstance(self.stop, FixedLength):
-                drafting, rule = self._go(rule, made + 1, sure, first, drafting)
+            if not self.fixed:
+                running = drafting
+                drafting, counts, rule = self._go(rule, made + 1, sure, first, drafting, counts, room)
         hidden = self._shallow(token, first + length, running)
         states.append(hidden)
         if state.own is not None:
