@@ -1,8 +1,7 @@
 """What leaving early and reusing cost a denoiser in quality, by noise level: the tables that schedules and cache plans are chosen from.
 
-``depth_losses`` runs every exit on held-out noisy images; `offramp.budget.best_schedule` takes its table. ``reuse_losses`` follows trajectories
-of the full model and asks at every step what an older result would have given; `offramp.budget.best_cache_plan` takes its table.
-
+``depth_losses`` runs every exit on held-out noisy images; its table is for `offramp.budget.best_schedule`. ``reuse_losses`` follows the
+full model's trajectories and asks at every step what an older result would have given; its table is for `offramp.budget.best_cache_plan`.
 Both take each step by itself: what an error does to later steps is not in them.
 
 Shapes: ``B`` bins, ``O`` options, ``R`` rows, ``S`` steps of a sampler, ``G`` most steps that a result is reused.
@@ -24,7 +23,6 @@ from offramp.core.batches import unpack_batch
 from offramp.core.errors import InvalidInput
 from offramp.core.modes import evaluating
 from offramp.diffusion import BoundPoint, Call, DenoisingNet
-from offramp.engines.denoise_step import SegmentCall, run_segment
 from offramp.engines.pipeline import sample
 from offramp.policies.denoising import FREE, OUTPUT, NoiseLevel, Place, Point
 from offramp.policies.fills import Fill, Identity
@@ -62,7 +60,6 @@ def depth_losses(
     at: Sequence[str] | None = None,
     to: Place = -1,
     fill: Fill | None = None,
-    segment: SegmentCall = run_segment,
 ) -> DepthLosses:
     """Run every exit on noisy images whose prediction is known.
 
@@ -75,7 +72,6 @@ def depth_losses(
         to: where they go on.
         fill: `Identity` by default, which is an exit through the model's final layers; ``HeadOutput()`` for learned output layers, with
             ``to=OUTPUT``.
-        segment: runs one segment.
 
     Raises:
         InvalidInput: a bin got no rows, a batch has no labels, or a place or the fill does not fit.
@@ -104,7 +100,7 @@ def depth_losses(
                 bound[call.key] = net.bind(points, call)
             level = net.noise.log_snr(call.kwargs[net.timestep_name])
             where = torch.bucketize(level.cpu(), bounds, right=True)
-            answers, told = _every_exit(net.cut(call), bound[call.key], call, level.float(), segment)
+            answers, told = _every_exit(net.cut(call), bound[call.key], call, level.float())
             losses = torch.stack([_per_row(a, batch.labels) for a in answers], 1)
             drift = torch.stack([_per_row(a, answers[-1]) for a in answers], 1)
             for table, values in zip(sums, (losses, drift, told), strict=True):
@@ -124,17 +120,17 @@ def _per_row(answer: Tensor, target: Tensor) -> Tensor:
     return (answer[:, : target.shape[1]].float() - target.float()).square().flatten(1).mean(1)
 
 
-def _every_exit(made: Cut, points: Sequence[BoundPoint], call: Call, level: Tensor, segment: SegmentCall) -> tuple[list[Tensor], Tensor]:
+def _every_exit(made: Cut, points: Sequence[BoundPoint], call: Call, level: Tensor) -> tuple[list[Tensor], Tensor]:
     """Predictions of every exit and of the model, and uncertainties ``[R, O]``, NaN where there is none."""
     state, answers, told = made.begin(**call.kwargs), [], []
     for boundary in range(len(made.segments)):
         for point in (p for p in points if p.start == boundary):
-            answers.append(_prediction(made, _filled(made, state, point, level), segment))
+            answers.append(_prediction(made, _filled(made, state, point, level)))
             head = point.head
             ask = getattr(head, "uncertainty", None)
             told.append(ask(state.hidden, level).float() if callable(ask) else torch.full_like(level, torch.nan))
-        state = segment(made, state)
-    answers.append(_prediction(made, state, segment))
+        state = made.run(state, state.at, state.at + 1)
+    answers.append(_prediction(made, state))
     return answers, torch.stack([*told, torch.full_like(level, torch.nan)], 1)
 
 
@@ -145,10 +141,10 @@ def _filled(made: Cut, state: CutState, point: BoundPoint, level: Tensor) -> Cut
     return made.skip(state, point.stop, point.point.fill.fill(start, (), None))
 
 
-def _prediction(made: Cut, state: CutState, segment: SegmentCall) -> Tensor:
+def _prediction(made: Cut, state: CutState) -> Tensor:
     """Run the rest and pick the prediction out of the model's output."""
     while state.at < len(made.segments):
-        state = segment(made, state)
+        state = made.run(state, state.at, state.at + 1)
     found = first_tensor(made.end(state))
     if found is None:
         raise InvalidInput("The denoiser's output has no floating-point tensor.")
@@ -187,7 +183,6 @@ def reuse_losses(
     inputs: Mapping[str, Any] | None = None,
     unconditional: Mapping[str, Any] | None = None,
     guidance: float = 1.0,
-    segment: SegmentCall = run_segment,
 ) -> ReuseLosses:
     """Follow the full model along trajectories and fill, at every step, what older steps made.
 
@@ -201,7 +196,6 @@ def reuse_losses(
         inputs: further inputs of the denoiser by name.
         unconditional: of the second guidance branch; its rows count as others do.
         guidance: as in `offramp.engines.pipeline.sample`.
-        segment: runs one segment.
 
     Raises:
         InvalidInput: an argument is out of range, or the fill does not remember exactly one step.
@@ -210,10 +204,10 @@ def reuse_losses(
         raise InvalidInput(f"max_gap must be at least 1, got {max_gap}.")
     if point.fill.keeps != 1:
         raise InvalidInput(
-            f"reuse_losses measures fills that remember one step, CachedOutput() or CachedResidual(); {type(point.fill).__name__} remembers "
-            f"{point.fill.keeps}."
+            f"reuse_losses is for fills that remember one step, CachedOutput() or CachedResidual(); {type(point.fill).__name__} "
+            f"remembers {point.fill.keeps}."
         )
-    follower = _Follower(net, point, max_gap, segment)
+    follower = _Follower(net, point, max_gap)
     names = (net.sample_name, net.timestep_name)
     with evaluating(net):
         sample(
@@ -236,9 +230,9 @@ def _first_channels(output: Any, channels: int) -> Tensor:
 class _Follower(nn.Module):
     """Called by the sampler as the model: gives the full answer and notes what older results would have given."""
 
-    def __init__(self, net: DenoisingNet, point: Point, max_gap: int, segment: SegmentCall) -> None:
+    def __init__(self, net: DenoisingNet, point: Point, max_gap: int) -> None:
         super().__init__()
-        self._net, self.point, self.max_gap, self.segment = (net,), point, max_gap, segment
+        self._net, self.point, self.max_gap = (net,), point, max_gap
         self.rows: list[Tensor] = []
         self.levels: list[float] = []
         self._older: deque[Mapping[str, Tensor]] = deque(maxlen=max_gap)
@@ -253,17 +247,17 @@ class _Follower(nn.Module):
         point, fill = self._bound, self.point.fill
         state = made.begin(**call.kwargs)
         while state.at < point.start:
-            state = self.segment(made, state)
+            state = made.run(state, state.at, state.at + 1)
         begun, start = state, {n: state.values[b] for n, b in point.pairs.items()} if fill.paired else {}
         while state.at < point.stop:
-            state = self.segment(made, state)
+            state = made.run(state, state.at, state.at + 1)
         kept = dict(fill.remember(start, {n: state.values[n] for n in point.made}))
-        full = _prediction(made, state, self.segment)
+        full = _prediction(made, state)
         row = torch.full((self.max_gap + 1,), torch.inf, dtype=torch.float64)
         row[0] = 0.0
         for age, older in enumerate(self._older, 1):
             filled = made.skip(begun, point.stop, fill.fill(start, [older], None))
-            row[age] = _per_row(_prediction(made, filled, self.segment), full).double().mean().cpu()
+            row[age] = _per_row(_prediction(made, filled), full).double().mean().cpu()
         self._older.appendleft(kept)
         self.rows.append(row)
         self.levels.append(float(net.noise.log_snr(call.kwargs[net.timestep_name][:1].cpu())))
