@@ -11,10 +11,11 @@ from its last checkpoint. The vocabulary is the beginning of GPT-2's, so that th
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,19 +89,21 @@ def on_time(seconds_left: float, note: Callable[[int, float, float], None]) -> C
     """A scheduler for `fit` by the larger share of steps and time; it ends the training when the time is over.
 
     Args:
-        seconds_left: from its making.
+        seconds_left: from its making. Shares count from the end of the first step on, which may have compiled.
         note: told step, share and seconds now and then.
     """
 
     def make(optimizer: torch.optim.Optimizer, steps: int) -> Any:
         begun = time.monotonic()
-        told = [begun]
+        first, told = [begun], [begun]
 
         def at(step: int) -> float:
             now = time.monotonic()
             if now - begun >= seconds_left:
                 raise OutOfTimeError
-            share = max(step / steps, (now - begun) / seconds_left)
+            if step <= 1:
+                first[0] = now
+            share = max(step / steps, (now - first[0]) / (seconds_left - (first[0] - begun)))
             if now - told[0] > 15:
                 told[0] = now
                 note(step, share, now - begun)
@@ -186,8 +189,35 @@ class Text:
         return cls(ids[0], held, args.batch, args.passes, args.epochs)
 
 
+@contextlib.contextmanager
+def compiled_blocks(model: nn.Module, on: bool) -> Iterator[None]:
+    """Within, the forward of each block is compiled, once for all as they are alike; hooks around blocks stay as they are.
+
+    Only for models that `attach_lm` has seen before: what it makes later would copy the compiled forward of another block.
+    """
+    if not on:
+        yield
+        return
+    blocks = [b for listed in model.modules() if isinstance(listed, nn.ModuleList) for b in listed]
+    for block in blocks:
+        block.forward = torch.compile(block.forward)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward
+
+
 def fit_on_time(
-    name: str, lm: LanguageModel, recipe: Recipe, text: Text, work: Path, minutes: float, rate: float, checkpoint_every: int | None = None
+    name: str,
+    lm: LanguageModel,
+    recipe: Recipe,
+    text: Text,
+    work: Path,
+    minutes: float,
+    rate: float,
+    checkpoint_every: int | None = None,
+    compiled: bool = False,
 ) -> dict[str, Any]:
     """Train until the steps or the minutes are over, whichever comes first; the weights that evaluated best stay."""
     device = lm.decoder.device
@@ -203,11 +233,12 @@ def fit_on_time(
 
     start, ended = time.monotonic(), "steps"
     try:
-        fit(
-            lm, loader, recipe, epochs=text.epochs, output_dir=work, eval_loader=text_loader(text.held, text.batch, shuffle=False),
-            optimizer=decayed(rate, device), scheduler=on_time(60 * minutes, note), mixed_precision=precision, max_grad_norm=1.0,
-            checkpoint_every=checkpoint_every, keep_checkpoints=1, progress=False,
-        )  # fmt: skip
+        with compiled_blocks(lm.model, compiled):
+            fit(
+                lm, loader, recipe, epochs=text.epochs, output_dir=work, eval_loader=text_loader(text.held, text.batch, shuffle=False),
+                optimizer=decayed(rate, device), scheduler=on_time(60 * minutes, note), mixed_precision=precision, max_grad_norm=1.0,
+                checkpoint_every=checkpoint_every, keep_checkpoints=1, progress=False,
+            )  # fmt: skip
     except OutOfTimeError:
         ended = "time"
     history = read_metrics(losses)
@@ -248,7 +279,9 @@ class Training:
         return stage in self.done.get("stages", {})
 
     def fit(self, name: str, lm: LanguageModel, recipe: Recipe, minutes: float, rate: float) -> dict[str, Any]:
-        return fit_on_time(name, lm, recipe, self.text, self.out / "work" / name, minutes, rate, self.args.checkpoint_every)
+        return fit_on_time(
+            name, lm, recipe, self.text, self.out / "work" / name, minutes, rate, self.args.checkpoint_every, self.args.compile
+        )
 
     def model(self) -> None:
         """Model and shallow exits together."""
@@ -314,6 +347,7 @@ def main() -> None:
     parser.add_argument("--passes", type=int, default=12, help="most passes over the text")
     parser.add_argument("--epochs", type=int, default=4, help="stretches they are divided into; evaluation and a checkpoint after each")
     parser.add_argument("--checkpoint-every", type=int, default=500, help="steps")
+    parser.add_argument("--compile", action="store_true", help="compile the blocks: a minute or so, then shorter steps")
     parser.add_argument("--exits", type=numbers, default=[3, 6, 12], help="after how many blocks")
     parser.add_argument("--recipe", choices=("joint", "layerskip"), default="joint")
     parser.add_argument("--weights", default="0.4,0.2,0.2", help="joint: of the exits, where the model's own answer has 1")

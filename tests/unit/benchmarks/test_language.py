@@ -229,7 +229,10 @@ def test_training_ends_when_its_time_is_over(training: ModuleType, monkeypatch: 
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
     scheduler = training.on_time(10.0, lambda *_: None)(optimizer, 1000)
     optimizer.step()
-    now[0] = 105.0  # half of the time after one step of a thousand
+    now[0] = 104.0  # the first step compiles: it is not counted
+    scheduler.step()
+    assert scheduler.get_last_lr()[0] == pytest.approx(training.rate_at(1 / 1000))
+    now[0] = 107.0  # half of what was left then, after two steps of a thousand
     scheduler.step()
     assert scheduler.get_last_lr()[0] == pytest.approx(training.rate_at(0.5))
     now[0] = 110.0
