@@ -13,6 +13,7 @@ Parts, each written when it is done, and left out (named in the result) when the
     transformers   greedy, assistant_early_exit, prompt lookup
     batch          more rows: plain, each draft length, and the length chosen before each round from measured times and what was kept
     long           a prompt of 8k tokens: speed and peak memory of plain and verified decoding
+    tuning         only if asked for: a plain step and a round under each of ``--tunings``, and how long each took to compile
 
     python benchmarks/decoding.py --out benchmarks/results/decoding_llama_1b_h100.json
 """
@@ -57,7 +58,7 @@ from offramp.measure.clock import environment
 from offramp.measure.hardware import ceilings
 from offramp.policies.decoding import Plain
 
-PARTS = ("plain", "speculative", "transformers", "batch", "long")
+PARTS = ("plain", "speculative", "transformers", "batch", "long", "tuning")
 
 
 def llama(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> nn.Module:
@@ -286,6 +287,24 @@ class Bench:
                 over = found[name]["tokens_per_s"] / base["tokens_per_s"]
                 self.sheet.row(way=name, rows=rows, over_plain=over, **extra, **{k: v for k, v in found[name].items() if k != "written"})
 
+    def tuning(self) -> None:
+        """Milliseconds of a plain step and of a round under other settings of the compiler, in ``tunings`` of the result."""
+        found = self.sheet.content.setdefault("tunings", {})
+        for given in self.args.tunings.split(","):
+            for drafts in (0, self.args.drafts[0]):
+                name = f"tuning: {given or 'default'}, {drafts} drafts"
+                if not self.budget.fits(name, 2 * self.args.capture_guess):
+                    continue
+                self.forget()
+                with self.budget.part(name):
+                    compiled = tuned(given.replace("+", ","), self.device)
+                    run = Rounds(self.lm, 1, slots=self.args.prompt + self.args.new + 1, draft_length=drafts, compiled=compiled)
+                    taken, _ = seconds(run.graph, self.device)
+                    ms = round_ms(run, self.prompts[0], drafts)
+                found.setdefault(given or "default", {})[str(drafts)] = {"round_ms": ms, "capture_s": taken}
+                print(f"{name}: {ms:.4f} ms, captured in {taken:.1f} s", flush=True)
+                self.sheet.write()
+
     def long(self) -> None:
         """One long prompt: plain, then verified decoding with the first draft length, each by itself in memory."""
         length, new, self.exact = self.args.long, min(self.args.new, 128), None
@@ -316,7 +335,8 @@ def expected_seconds(args: argparse.Namespace, asked: Sequence[str]) -> dict[str
     """What parts will take on a GPU: captures, which are most of it, and timing."""
     more = sum(r > 1 for r in args.rows)
     captures = {"plain": 1, "speculative": len(args.drafts) + 1, "batch": more * (len(args.batch_drafts) + 2), "long": 2}
-    timing = {"plain": 25.0, "speculative": 60.0, "transformers": 40.0, "batch": 15.0 * more, "long": 20.0}
+    captures["tuning"] = 4 * len(args.tunings.split(","))
+    timing = {"plain": 25.0, "speculative": 60.0, "transformers": 40.0, "batch": 15.0 * more, "long": 20.0, "tuning": 0.0}
     return {part: captures.get(part, 0) * args.capture_guess + timing[part] for part in PARTS if part in asked}
 
 
@@ -338,7 +358,8 @@ def main() -> None:
     parser.add_argument("--peer-prompts", type=int, default=2)
     parser.add_argument("--peer-new", type=int, default=64)
     parser.add_argument("--peer-repeats", type=int, default=3)
-    parser.add_argument("--parts", default=",".join(PARTS))
+    parser.add_argument("--parts", default=",".join(PARTS[:-1]))
+    parser.add_argument("--tunings", default=",coordinate_descent,coordinate_descent+combo_kernels,max_autotune", help="for that part")
     parser.add_argument("--minutes", type=float, default=8.5, help="budget of the whole call")
     parser.add_argument("--capture-guess", type=float, default=40, help="seconds that a captured round is expected to take to compile")
     parser.add_argument("--keep", action="store_true", help="keep rows that an earlier call with the same settings wrote to the same file")
