@@ -330,7 +330,8 @@ def attach_denoiser(
     """Find the places of a denoiser where rows may skip. The model is not changed.
 
     Args:
-        model: any module that predicts noise, velocity or data from a noisy input and a timestep.
+        model: any module that predicts noise, velocity or data from a noisy input and a timestep. Its weights may change later, its modules
+            not: load adapters (LoRA) before.
         at: module paths to cut after; by default after each of its repeated blocks.
         noise: from its timestep argument to log-SNR; of a diffusers scheduler with `offramp.backbones.diffusers.noise_scale`.
         example: inputs as the model takes them: a mapping of keyword inputs, a tuple, or ``(args, kwargs)``; the first tensor is the
@@ -376,6 +377,8 @@ def uncut_denoiser(model: nn.Module, *, noise: NoiseScale, example: Any, timeste
         raise InvalidInput(f"noise must map timesteps to log-SNR, such as FlowMatching(); got {noise!r}.")
     if getattr(model, "is_cache_enabled", False):
         raise InvalidInput(f"{type(model).__name__} has a cache of its library enabled; call disable_cache() first.")
+    if any(hasattr(m, "_hf_hook") for m in model.modules()):
+        raise InvalidInput(f"{type(model).__name__} is moved by accelerate's hooks, which a cut cannot follow; remove them first.")
     args, kwargs = _inputs(example)
     parameters = inspect.signature(model.forward).parameters
     time = timestep or next((n for n in _TIMES if n in parameters), None)

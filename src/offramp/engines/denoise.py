@@ -91,7 +91,7 @@ class Denoiser(nn.Module):
         return Report.of(self._records, self.net.cut().spec.flops, len(self.net.at) + 1, self._peak)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():  # what is remembered may be written to in another mode than it was made in
             call = self.net.call(*args, **kwargs)
             made = self.net.cut(call)
             if call.key not in self._bound:

@@ -31,11 +31,12 @@ class _Span:
 
     Attributes:
         inputs: at fixed addresses, by name.
-        made: what the graph leaves, in the order of ``Cut.made``.
+        made: where the graph leaves what it makes, in the order of ``Cut.made``. Not in the graphs' own memory, which they share: what one
+            part leaves must outlast the next.
     """
 
     inputs: dict[str, Tensor]
-    made: tuple[Tensor, ...] = ()
+    made: tuple[Tensor, ...]
     graph: Graph | None = None
 
 
@@ -186,14 +187,16 @@ class Captured:
             dims = cut.batch_dims.get(name, ())
             inputs[name] = _room(value, dims, size)
             _window(inputs[name], dims, state.rows).copy_(value)
-        span = _Span(inputs)
-        function = self._functions.get((cut, state.at, stop))
-        if function is None:
-            function = self.recorder.wrap(_function(cut, state.at, stop, tuple(given)))
-            self._functions[cut, state.at, stop] = function
+        plain, function = self._functions.get((cut, state.at, stop), (None, None))
+        if plain is None:
+            plain = _function(cut, state.at, stop, tuple(given))
+            function = self.recorder.wrap(plain)
+            self._functions[cut, state.at, stop] = plain, function
+        span = _Span(inputs, tuple(torch.empty_like(t) for t in plain(*inputs.values())))
 
         def call() -> None:
-            span.made = function(*span.inputs.values())
+            for place, new in zip(span.made, function(*span.inputs.values()), strict=True):
+                place.copy_(new)
 
         span.graph = self.recorder.graph(call)
         span.graph.replay()  # what was captured has not run

@@ -199,9 +199,10 @@ def weigh(p: BoundPoint, memory: Memory, log_snr: float) -> list[float]:
 def note(record: StepRecord, work: Work) -> None:
     """What a path executes, for every row."""
     flops = sum(s.flops for start, stop in work.path.spans for s in work.cut.spec.segments[start:stop])
-    flops += sum(work.points[i].fill_flops for i in work.path.fired)
+    fired = list(work.path.fired)
+    flops += sum(work.points[i].fill_flops for i in fired)
     record.depth = [sum(stop - start for start, stop in work.path.spans)] * work.rows
     record.flops = [flops] * work.rows
-    record.fired = [list(work.path.fired) for _ in range(work.rows)]
+    record.fired = [fired] * work.rows
     for key in work.path.reasons:
         record.reasons[key] += work.rows
