@@ -227,10 +227,13 @@ def _gain(row: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> float 
 
 
 def _left(system: System, found: Written, agreed: Tensor, blocks: int) -> dict[str, Any]:
-    """How many tokens left and how many of them the full model would have chosen otherwise."""
+    """How many tokens left, how many of them the full model would have chosen otherwise, and how many of all.
+
+    A token that stays may differ too: where keys and values were copied, what it sees is not what the full model would see.
+    """
     early = (found.depth < blocks)[:, 1:]
-    wrong = early & ~agreed[:, 1:]
-    of_left = float(wrong.sum()) / max(1, int(early.sum()))
+    wrong = ~agreed[:, 1:]
+    of_left = float((wrong & early).sum()) / max(1, int(early.sum()))
     of_all = float(wrong.float().mean())
     out: dict[str, Any] = {
         "left": float(early.float().mean()),
@@ -284,8 +287,8 @@ def calibrated(
 ) -> float | tuple[float, ...] | None:
     """Thresholds that the system's calibrator chooses on held-out texts, ``None`` if it has none.
 
-    A procedure for a target is given what running each threshold gave, so that the text judged is the text written; what only compares
-    scores is given all that the exits said along the full model's own texts.
+    A procedure for a target is given what running each threshold gave, all tokens that differ, so that the text judged is the text written;
+    what only compares scores is given all that the exits said along the full model's own texts.
 
     Args:
         settings: of the variant.
@@ -304,7 +307,7 @@ def calibrated(
         if not tables:
             runs = [write(lm, systems.way(system, float(t)), prompts, settings.new_tokens, together=True) for t in grid]
             early = [(found.depth < len(lm.decoder))[:, 1:] for found in runs]
-            wrong = [e & ~agreeing(lm.model, found)[:, 1:] for e, found in zip(early, runs, strict=True)]
+            wrong = [~agreeing(lm.model, found)[:, 1:] for found in runs]
             tables["lost"], tables["left"] = (torch.stack([v.double().mean(1) for v in column], 1).numpy() for column in (wrong, early))
         return certify_table(grid, tables["lost"], tables["left"], system.target, method=system.calibrator, seed=seed).threshold
     if not tables:
@@ -395,7 +398,7 @@ def conclude(
         "claim": card.claim,
         "predicate": asdict(predicate),
         "measured": None if got is None else {**got, "values": values},
-        "verdict": verdict(predicate, estimate),
+        "verdict": verdict(predicate, estimate) if estimate is not None else "not measured: no setting cost less than the full model",
         "summary": {"rows": list(_summary(seeds, "budgets", "setting")), "fixed": list(_summary(seeds, "fixed", "name")),
                     "static": list(_summary(seeds, "static", "name"))},
         "environment": dict(machine),

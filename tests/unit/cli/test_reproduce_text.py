@@ -219,7 +219,8 @@ class TestRun:
         if systems.load_card(name).lossless:
             assert row["agreement"] == row["same_text"] == 1.0
         if systems.build(name).rule is not None:
-            assert row["disagreement_of_all"] == pytest.approx(1 - row["agreement"])  # whoever stays agrees
+            assert row["disagreement_of_all"] == pytest.approx(1 - row["agreement"])
+            assert row["disagreement_of_left"] * row["left"] <= row["disagreement_of_all"] + 1e-9
         assert ("perplexity_ratio" in row) == (name == "skipdecode") and all(math.isfinite(p) for p in seed["exit_perplexity"])
 
     def test_models_are_trained_once(self, text: Path) -> None:
