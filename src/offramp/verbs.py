@@ -18,6 +18,7 @@ from offramp import systems
 from offramp.budget.agreement import AcceptPlan
 from offramp.core.certificate import Plan
 from offramp.core.errors import ArtifactError, InvalidInput
+from offramp.core.protocols import HeadSpec
 from offramp.core.system import System
 from offramp.engines import classify
 from offramp.engines.classify import Runner
@@ -26,10 +27,11 @@ from offramp.engines.planner import SpeculationPlan
 from offramp.engines.text_generator import TextGenerator, text_generator
 from offramp.exits.cached import Adapter, Block
 from offramp.exits.lm import LMHeadSpec, OwnNorm, OwnOutput, Shared, Trimmed, frequent
+from offramp.exits.placement import Placement
 from offramp.language import LanguageModel, attach_lm, load_lm
 from offramp.measure.report import report as trace_report
 from offramp.measure.text_report import text_report
-from offramp.network import MultiExit
+from offramp.network import MultiExit, answer
 from offramp.network import attach as attach_network
 from offramp.network import load as load_network
 from offramp.policies.decoding import Way
@@ -227,6 +229,32 @@ def _kind_of(net: Any, verb: str) -> Kind:
 # ---- verbs ---------------------------------------------------------------------------------------------------------------
 
 
+@overload
+def attach(
+    model: nn.Module,
+    at: Sequence[str] | int | Placement | None = None,
+    *,
+    example: Any,
+    head: HeadSpec | Sequence[HeadSpec | nn.Module] | None = None,
+    system: System | None = None,
+    select: Callable[[Any], Tensor] = answer,
+    num_outputs: int | None = None,
+) -> MultiExit: ...
+
+
+@overload
+def attach(
+    model: nn.Module,
+    *,
+    exits: Sequence[int] | None = None,
+    head: LMHeadSpec | str | Sequence[LMHeadSpec | str] | None = None,
+    system: System | None = None,
+    texts: Any = None,
+    kept: Sequence[int] | int | None = None,
+    tokenizer: Any = None,
+) -> LanguageModel: ...
+
+
 def attach(model: nn.Module, at: Any = None, **options: Any) -> Any:
     """Attach exits to a model. The model is not changed.
 
@@ -323,6 +351,21 @@ def compile(net: Any, plan: Any = None, *rest: Any, **options: Any) -> Any:  # n
     if kind.made is not MultiExit and rest:
         raise InvalidInput(f"compile of {kind.words} takes no mode; got {rest[0]!r}.")
     return _call(kind, "compile", net, plan, *rest, **options)
+
+
+@overload
+def load(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    example: Any,
+    select: Callable[[Any], Tensor] = answer,
+    system: System | None = None,
+) -> MultiExit: ...
+
+
+@overload
+def load(model: nn.Module, folder: str | os.PathLike[str]) -> LanguageModel: ...
 
 
 def load(model: nn.Module, folder: str | os.PathLike[str], **options: Any) -> Any:

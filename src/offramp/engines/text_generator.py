@@ -39,7 +39,7 @@ class Need:
 
     Attributes:
         rows: texts at a time, a power of two.
-        slots: most tokens of a text, 256 times a power of two, or what the model's positions allow.
+        slots: most tokens of a text, at most a quarter more than is needed from 1,024 on, or what the model's positions allow.
         lengths: draft lengths.
         way: whose exit, rule and draws are used.
         sampling: what is chosen.
@@ -196,8 +196,10 @@ class TextGenerator:
         return self._planned(_power(rows)).mode()
 
     def _planned(self, rows: int) -> SpeculationPlan:
+        first = self._first
+        if first.chosen is None and rows >= first.times.rows:  # what does not pay for few rows does not for more
+            return first
         if rows not in self._plans:
-            first = self._first
             best, most = _best(first), max(p.draft_length for p in first.predictions)
             times = measure(self.lm, rows=rows, context=first.times.context or 1, most=most, exits=[best.exit_index], repeats=8)
             self._plans[rows] = choose(times, [_acceptance(first, best)], margin=first.margin)
@@ -257,7 +259,8 @@ class TextGenerator:
 
     def _slots(self, tokens: int) -> int:
         most = self.lm.decoder.max_positions
-        slots = max(_LEAST_SLOTS, _power(tokens))
+        step = max(_LEAST_SLOTS, _power(tokens) // 8)
+        slots = -(-tokens // step) * step
         return slots if most is None else max(tokens, min(slots, most + 1))  # the last token is written and not read
 
 
