@@ -109,8 +109,8 @@ def _built(lm: LanguageModel, exit_index: int) -> Any:
     head: Any = lm.heads[exit_index]
     if isinstance(spec, Adapter):
         raise ExportError(
-            "An Adapter is an attention with norms of its own and no feed-forward, which no model class has as its last block. Fit a Shared, "
-            "OwnNorm, OwnOutput or Block exit to export, or use the adapter here."
+            "An Adapter is an attention with norms of its own and no feed-forward, which no model class has as its last block. Fit a "
+            "Shared, OwnNorm, OwnOutput or Block exit to export, or use the adapter here."
         )
     if not isinstance(spec, Shared | OwnNorm | OwnOutput | Trimmed | Block):
         raise ExportError(f"It is not known how a {type(spec).__name__} is written as a final norm and an output layer.")
@@ -186,9 +186,9 @@ def _compared(draft: Any, expected: Tensor, lm: LanguageModel, exit_index: int, 
     allowed = tolerance if lm.decoder.dtype in (torch.float32, torch.float64) else 128 * tolerance
     if not difference <= allowed:
         raise ExportError(
-            f"Loaded again, a {type(draft).__name__} of the blocks before exit {exit_index} differs from the exit by {difference:.3g} of the "
-            f"spread of its logits (at most {allowed:.3g} is rounding): the class does something that depends on how many blocks it has, or "
-            "to its logits. Nothing was written."
+            f"Loaded again, a {type(draft).__name__} of the blocks before exit {exit_index} differs from the exit by {difference:.3g} of "
+            f"the spread of its logits (at most {allowed:.3g} is rounding): the class does something that depends on how many blocks it "
+            "has, or to its logits. Nothing was written."
         )
     return difference
 
