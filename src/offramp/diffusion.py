@@ -352,7 +352,7 @@ def attach_denoiser(
     given = dict(heads or {})
     if unknown := [p for p in given if p not in paths]:
         raise InvalidInput(f"A head is given for {unknown[0]!r}, which is not one of the places {paths}.")
-    kept = nn.ModuleDict({p.replace(".", "/"): h for p, h in given.items()})
+    kept = nn.ModuleDict({p.replace(".", "/"): h for p, h in given.items()}).to(device=probe.device, dtype=probe.dtype)
     net = DenoisingNet(model, paths, noise, inputs, names, kept)
     order = [s.name for s in net.cut().segments[:-1]]
     net.at = tuple(order)

@@ -96,6 +96,8 @@ def test_heads_that_do_not_fit_are_refused() -> None:
         Denoiser(net, [Point("a", "b", Identity(), Uncertainty())])
     with pytest.raises(InvalidInput, match="not one of the places"):
         attach(heads={"c": Head(4)})
+    double = attach_denoiser(Net().double().eval(), ["a"], noise=FlowMatching(), example=(torch.randn(2, 4), 5), heads={"a": Head(4)})
+    assert double.heads["a"].out.weight.dtype == torch.float64  # a head is where the model is and of its type
 
 
 def test_what_cannot_be_attached_says_why() -> None:
@@ -115,6 +117,10 @@ def test_what_cannot_be_attached_says_why() -> None:
         attach(example=3)
     with pytest.raises(InvalidInput, match=r"takes a torch\.nn\.Module"):
         attach_denoiser("model", ["a"], noise=FlowMatching(), example={})  # type: ignore[arg-type]
+    moved = Net()
+    moved.b._hf_hook = object()  # type: ignore[assignment]
+    with pytest.raises(InvalidInput, match="accelerate's hooks"):
+        attach_denoiser(moved, ["a"], noise=FlowMatching(), example={})
     cached = Net()
     cached.is_cache_enabled = True  # type: ignore[assignment]
     with pytest.raises(InvalidInput, match="disable_cache"):

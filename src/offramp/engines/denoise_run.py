@@ -14,7 +14,7 @@ from torch import Tensor
 from offramp.backbones import Cut, CutState
 from offramp.core.noise import noise_share
 from offramp.engines.denoise_straight import Work, weigh
-from offramp.engines.trajectory import Memory
+from offramp.engines.trajectory import Memory, on_device
 
 
 class Runner(Protocol):
@@ -62,7 +62,9 @@ class Eager:
             point, memory = work.points[i], memories[i]
             remembered[i] = memory.snapshots
             if point.point.fill.keeps > 1:
-                weights[i] = torch.tensor([weigh(point, memory, log_snr)[: len(memory.snapshots)]], device=device).expand(work.rows, -1)
+                weights[i] = on_device([weigh(point, memory, log_snr)[: len(memory.snapshots)]], torch.float32, device).expand(
+                    work.rows, -1
+                )
         level = torch.full((work.rows,), log_snr, device=device)
         outputs, kept = work(state.values, remembered, weights, level)
         last = len(work.cut.segments)

@@ -18,7 +18,7 @@ from offramp.diffusion import BoundPoint
 from offramp.engines.denoise_report import StepRecord
 from offramp.engines.denoise_run import Runner
 from offramp.engines.denoise_straight import must_compute
-from offramp.engines.trajectory import Branch, Memory
+from offramp.engines.trajectory import Branch, Memory, on_device
 from offramp.policies.denoising import Measured, Moment, Scheduled, Seen
 
 
@@ -73,6 +73,7 @@ class Walk:
         self.landing: dict[int, list[_Group]] = {}
         self.open: dict[int, _Open] = {}
         self.passed: dict[int, _Group] = {}
+        self.indices: dict[tuple[int, ...], Tensor] = {}
         self.since = {p.since for p in self.points if p.since is not None}
 
     def all(self, state: CutState) -> CutState:
@@ -116,7 +117,13 @@ class Walk:
         return state
 
     def _index(self, rows: Sequence[int]) -> Tensor:
-        return torch.tensor(rows, dtype=torch.int64, device=self.sample.device)
+        key = tuple(rows)
+        if key not in self.indices:
+            self.indices[key] = on_device(key, torch.int64, self.sample.device)
+        return self.indices[key]
+
+    def _levels(self, rows: Sequence[int]) -> Tensor:
+        return on_device([self.moment.log_snr[r] for r in rows], torch.float32, self.sample.device)
 
     def _joined(self, groups: Sequence[_Group]) -> _Group | None:
         if not groups:
@@ -192,8 +199,7 @@ class Walk:
         reference = tuple(self._some(t, asked.rows) for t in memory.reference) if signal.compares else None
         if reference is not None and any(a.shape != b.shape or a.dtype != b.dtype for a, b in zip(now, reference, strict=True)):
             return [-2] * len(asked.rows)
-        level = torch.tensor([self.moment.log_snr[r] for r in asked.rows], dtype=torch.float32, device=self.sample.device)
-        score = signal.score(now, reference, level, point.head)
+        score = signal.score(now, reference, self._levels(asked.rows), point.head)
         for r in asked.rows:
             self.record.flops[r] += point.head_flops
         if self.observe:
@@ -208,14 +214,14 @@ class Walk:
         """Rows land at the end of the point with its fill."""
         fill, rows, state = point.point.fill, gone.rows, gone.state
         if fill.reads_head:
-            level = torch.tensor([self.moment.log_snr[r] for r in rows], dtype=torch.float32, device=self.sample.device)
+            level = self._levels(rows)
             made = fill.fill({point.made[0]: point.head.output(state.hidden, level)}, (), None)  # type: ignore[union-attr,operator]
         else:
             remembered = [{n: self._some(t, rows) for n, t in s.items()} for s in memory.snapshots]
             weights = None
             if fill.keeps > 1:
                 each = [fill.coefficients(self.noise[r], memory.noise[r])[: len(remembered)] for r in rows]
-                weights = torch.tensor(each, dtype=torch.float64, device=self.sample.device).to(torch.float32)
+                weights = on_device(each, torch.float32, self.sample.device)
             made = fill.fill(self._start(point, state), remembered, weights)
         if point.stop == len(self.cut.segments):  # the caller may write into what it is given
             made = {n: t.clone() for n, t in made.items()}

@@ -91,6 +91,13 @@ class Memory:
         return [*(t for s in self.snapshots for t in s.values()), *self.broken, *self.reference]
 
 
+def on_device(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers of the host as a tensor, without waiting for the device."""
+    if device.type != "cuda":
+        return torch.tensor(values, dtype=dtype, device=device)
+    return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
+
+
 def _finite(tensor: Tensor) -> Tensor:
     return tensor.isfinite().flatten(1).all(1)
 

@@ -327,6 +327,17 @@ def test_half_precision_and_gradients(net: DenoisingNet) -> None:
     assert runner.report.depth[0].tolist() == [6, 3, 3, 6]
 
 
+def test_modes_may_change_between_calls(net: DenoisingNet) -> None:
+    plan = [Point("blocks.0", -1, Extrapolated(1), Every(3)), *PLANS["several"]]
+    x, y = draw(3)
+    changing, steady = Denoiser(net, plan), Denoiser(net, plan)
+    for k, time in enumerate(TIMES):
+        t = torch.full((3,), time)
+        with torch.inference_mode(k % 2 == 0):
+            got = changing(x * 0.98**k, t, y)
+        assert torch.equal(got, steady(x * 0.98**k, t, y))
+
+
 def test_the_model_is_left_as_it_was() -> None:
     net = toy()
     model: Any = net.model
