@@ -38,7 +38,7 @@ def real_data(script: Callable[[str], ModuleType]) -> ModuleType:
 @pytest.mark.parametrize("variant", ["cifar", "cifar-vit", "sst2"])
 def test_systems_of_a_variant_share_the_trainings_they_can(real_data: ModuleType, variant: str) -> None:
     study = real_data.study(CONFIGS, variant)
-    assert sorted(study.systems) == systems.list_systems()
+    assert sorted(study.systems) == [name for name in systems.list_systems() if systems.load_card(name).engine == "classify"]
     assert study.shared["msdnet-budget"] == study.shared["eero"] == "eero"
     assert study.shared["branchynet"] == "branchynet" and study.shared["pabee"] == "pabee"
     todo = real_data.jobs(CONFIGS, f"{variant}:7")
