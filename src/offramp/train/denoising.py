@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from offramp.backbones import Cut, CutState
 from offramp.backbones.taps import first_tensor
 from offramp.core.errors import InvalidInput
+from offramp.core.modes import evaluating
 from offramp.diffusion import BoundPoint, Call, DenoisingNet
 from offramp.exits.denoising import DenoisingExit
 from offramp.network import Example, Exit, MultiExit
@@ -81,8 +82,8 @@ class DenoisingView(MultiExit):
         self._whole: tuple[Callable[..., Any]] | None = None
         self._compile: Mapping[str, Any] | None = None
         call = net.example_call()
-        with torch.no_grad():
-            self._num_outputs = int(_answer(net.cut(call)(**call.kwargs)).shape[1])
+        with torch.no_grad(), evaluating(net.model):
+            self._num_outputs = int(_answer(net.model(**call.kwargs)).shape[1])
 
     @property
     def net(self) -> DenoisingNet:
@@ -133,7 +134,8 @@ class ExitsView(DenoisingView):
 
     Args:
         net: the denoiser.
-        at: places of the exits, in order; by default all that lie before ``to``.
+        at: places of the exits, in order; by default all that lie before ``to``. With none, the model itself runs, and may be a net of
+            `offramp.diffusion.uncut_denoiser`.
         to: where exits without an output layer go on: after this place.
 
     Raises:
@@ -141,21 +143,17 @@ class ExitsView(DenoisingView):
     """
 
     def __init__(self, net: DenoisingNet, at: Sequence[str] | None = None, to: Place = -1) -> None:
-        made = net.cut()
-        stop = net.boundary(to, made)
-        places = list(net.at[: stop - 1]) if at is None else list(at)
-        if sorted(places, key=lambda p: net.boundary(p, made)) != places or len(set(places)) != len(places):
+        places = list(at) if at is not None else list(net.at[: net.boundary(to) - 1])
+        heads = [net.head(net.boundary(p), net.cut()) for p in places]  # without exits nothing is cut
+        if sorted(places, key=net.boundary) != places or len(set(places)) != len(places):
             raise InvalidInput(f"Exits are named once each, in the order in which they run; got {places}.")
-        heads = [net.head(net.boundary(p, made), made) for p in places]
         self.points = tuple(
             Point(place, OUTPUT if own else to, HeadOutput() if own else Identity(), NoiseLevel(), math.inf)
             for place, own in zip(places, (callable(getattr(h, "output", None)) for h in heads), strict=True)
         )
-        call = net.example_call()
-        exits = [Exit(p, None, (-1,), 0) for p in places]
-        bound = net.bind(self.points, call)
-        super().__init__(net, exits, [_SharedLayers() if h is None else h for h in heads])
-        self._points: dict[Any, tuple[BoundPoint, ...]] = {call.key: bound}
+        bound = {net.example_call().key: net.bind(self.points)} if places else {}
+        super().__init__(net, [Exit(p, None, (-1,), 0) for p in places], [_SharedLayers() if h is None else h for h in heads])
+        self._points: dict[Any, tuple[BoundPoint, ...]] = bound
 
     def forward_with_states(self, *args: Any, **kwargs: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Answers of every exit and of the model, and the noise level ``[B]`` with the exits' uncertainties ``[B]``."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from offramp.core.errors import InvalidInput
 from offramp.core.noise import FlowMatching, NoiseScale, VariancePreserving
@@ -215,7 +215,14 @@ class _Images(Dataset[Any]):
 
 
 def noisy_loader(
-    images: Tensor, noising: Noising, batch_size: int, *, classes: Tensor | None = None, shuffle: bool = True, workers: int = 0
+    images: Tensor,
+    noising: Noising,
+    batch_size: int,
+    *,
+    classes: Tensor | None = None,
+    shuffle: bool = True,
+    draws: int | None = None,
+    workers: int = 0,
 ) -> DataLoader[dict[str, Tensor]]:
     """A loader for `fit` of images held in memory: every batch has new noise. The last rows of an epoch that fill no batch are left out.
 
@@ -225,6 +232,7 @@ def noisy_loader(
         batch_size: B, at most N.
         classes: int64 ``[N]``.
         shuffle: another order in every epoch.
+        draws: rows of an epoch, drawn with replacement, for long epochs of few images; by default every image once.
         workers: processes that make batches.
 
     Raises:
@@ -233,8 +241,10 @@ def noisy_loader(
     if not 1 <= batch_size <= len(images) or (classes is not None and len(classes) != len(images)):
         given = "" if classes is None else f" and {len(classes)} classes"
         raise InvalidInput(f"batch_size must be from 1 to the number of images; got {batch_size} with {len(images)} images{given}.")
+    held = _Images(images, classes)
+    sampler = None if draws is None else RandomSampler(held, replacement=True, num_samples=draws)
     return DataLoader(
-        _Images(images, classes), batch_size, shuffle=shuffle, drop_last=True, collate_fn=noising, num_workers=workers,
+        held, batch_size, shuffle=shuffle and sampler is None, sampler=sampler, drop_last=True, collate_fn=noising, num_workers=workers,
         persistent_workers=workers > 0, pin_memory=torch.cuda.is_available(),
     )  # fmt: skip
 
