@@ -346,7 +346,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32, help="blocks a step")
     parser.add_argument("--passes", type=int, default=12, help="most passes over the text")
     parser.add_argument("--epochs", type=int, default=4, help="stretches they are divided into; evaluation and a checkpoint after each")
-    parser.add_argument("--checkpoint-every", type=int, default=500, help="steps")
+    parser.add_argument("--checkpoint-every", type=int, default=1000, help="steps; there is one after every stretch anyway")
     parser.add_argument("--compile", action="store_true", help="compile the blocks: a minute or so, then shorter steps")
     parser.add_argument("--exits", type=numbers, default=[3, 6, 12], help="after how many blocks")
     parser.add_argument("--recipe", choices=("joint", "layerskip"), default="joint")
