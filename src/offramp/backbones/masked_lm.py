@@ -35,8 +35,44 @@ from offramp.core.modes import evaluating
 ATTENTION = "offramp_bidirectional"
 """Name of our attention function among those of transformers."""
 
-Look = Callable[[Tensor], Tensor]
-"""Places (int64 ``[R, A]``) among a call's positions -> what they attend to, averaged over heads, float32 ``[R, A, T]``."""
+
+@dataclass(frozen=True)
+class Look:
+    """A block's attention, to be looked at while it runs.
+
+    Attributes:
+        query: ``[R, H, Q, D]`` of the positions that are computed.
+        key: ``[R, G, T, D]`` of all.
+        mask: bool ``[R, 1, 1, T]`` or `None`.
+        scaling: of the products; ``1 / sqrt(D)`` by default.
+        softcap: see `offramp.backbones.attention.masked_attention`.
+    """
+
+    query: Tensor
+    key: Tensor
+    mask: Tensor | None = None
+    scaling: float | None = None
+    softcap: float | None = None
+
+    def queries(self, places: Tensor) -> Tensor:
+        """Those ``[R, H, A, D]`` at some places (int64 ``[R, A]``) among the positions that are computed."""
+        return self.query.gather(2, places[:, None, :, None].expand(-1, self.query.shape[1], -1, self.query.shape[3]))
+
+    def rows(self, queries: Tensor) -> Tensor:
+        """What queries ``[R, H, A, D]``, of this call or kept from another, attend to: averaged over heads, float32 ``[R, A, T]``.
+
+        One product of ``A`` queries with the keys, ``2 A H D T`` FLOPs: the whole map is never made.
+        """
+        rows, heads, _, width = queries.shape
+        groups, length = self.key.shape[1], self.key.shape[2]
+        grouped = queries.reshape(rows, groups, -1, width)  # heads of a group, one after another, share its keys
+        scores = (grouped @ self.key.transpose(2, 3)).view(rows, heads, -1, length).float()
+        scores = scores * (self.scaling if self.scaling is not None else width**-0.5)
+        if self.softcap is not None:
+            scores = self.softcap * torch.tanh(scores / self.softcap)
+        if self.mask is not None:
+            scores = scores.masked_fill(~self.mask, float("-inf"))
+        return scores.softmax(-1).mean(1)
 
 
 @dataclass
@@ -50,7 +86,7 @@ class Call:
         slots: int64 ``[R, Q]`` where results are put: the positions, or ``cache.nowhere`` for those that do not count; `None` = the call
             computes every position, in order.
         mask: bool ``[R, 1, 1, T]``, which positions are part of each text; `None` = all are.
-        watch: is given a way to look at the attention of each block that runs.
+        watch: is shown the attention of each block that runs.
         rotary: what the blocks are given to rotate by.
     """
 
@@ -84,35 +120,8 @@ def bidirectional_attention(
         key, value = call.cache.exchange(module.layer_idx, call.rows, call.slots, key, value)
         mask = call.mask
         if call.watch is not None:
-            call.watch(lambda places: attention_rows(query, key, places, mask, scaling, softcap))
+            call.watch(Look(query, key, mask, scaling, softcap))
     return masked_attention(query, key, value, mask, scaling, softcap).transpose(1, 2).contiguous(), None
-
-
-def attention_rows(
-    query: Tensor, key: Tensor, places: Tensor, mask: Tensor | None, scaling: float | None = None, softcap: float | None = None
-) -> Tensor:
-    """What some of the queries attend to, averaged over heads, float32 ``[R, A, T]``.
-
-    One product of ``A`` queries with the keys, ``2 A H D T`` FLOPs: the whole map is never made.
-
-    Args:
-        query: ``[R, H, Q, D]``.
-        key: ``[R, G, T, D]``.
-        places: int64 ``[R, A]``, which of the ``Q``.
-        mask: bool ``[R, 1, 1, T]`` or `None`.
-        scaling: of the products; ``1 / sqrt(D)`` by default.
-        softcap: see `offramp.backbones.attention.masked_attention`.
-    """
-    rows, heads, _, width = query.shape
-    groups, length = key.shape[1], key.shape[2]
-    asked = query.gather(2, places[:, None, :, None].expand(-1, heads, -1, width))
-    grouped = asked.reshape(rows, groups, -1, width)  # heads of a group, one after another, share its keys
-    scores = (grouped @ key.transpose(2, 3)).view(rows, heads, -1, length).float() * (scaling if scaling is not None else width**-0.5)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
-    return scores.softmax(-1).mean(1)
 
 
 # ---- the two kinds of trunk ----------------------------------------------------------------------------------------------
@@ -263,7 +272,7 @@ class MaskedLM:
         return 2 * matrices + 4 * self.heads * self.head_width * length
 
     def look_flops(self, length: int) -> int:
-        """FLOPs of one row of attention over ``length`` positions, values left out: see `attention_rows`."""
+        """FLOPs of one row of attention over ``length`` positions, values left out: see `Look.rows`."""
         return 2 * self.heads * self.head_width * length
 
     def head_flops(self) -> int:
@@ -349,4 +358,4 @@ def _in_pieces(made: MaskedLM, tokens: Tensor) -> Tensor:
     return found[0]
 
 
-__all__ = ["Call", "MaskedLM", "attention_rows", "bidirectional", "masked_lm"]
+__all__ = ["Call", "Look", "MaskedLM", "bidirectional", "masked_lm"]

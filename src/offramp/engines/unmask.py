@@ -107,7 +107,8 @@ def unmask(
     if lm.mask_token_id in ends:
         raise InvalidInput(f"The mask token {lm.mask_token_id} cannot end a row; it is never written.")
     with torch.inference_mode(), evaluating(lm.model):
-        texts = _begin(lm, prompts, gen_length, way.refresh.test is not None)
+        test = way.refresh.test
+        texts = _begin(lm, prompts, gen_length, test is not None)
         ending = torch.tensor(sorted(ends), dtype=torch.int64, device=lm.device)
         result = _nothing_yet(lm, prompts)
         history: list[Tensor] = []
@@ -115,7 +116,9 @@ def unmask(
             scope = way.order.scope(texts.masked, texts.start)
             progress = Progress(scope, texts.recent, texts.age, texts.low, texts.valid)
             due = way.refresh.due(progress) | (texts.age < 0)
-            need = (scope.candidates | way.refresh.queried(progress)).scatter(1, texts.tracked, True)
+            need = scope.candidates | way.refresh.queried(progress)
+            if test is not None and test.fresh:
+                need = need.scatter(1, texts.tracked, True)
             counts = torch.stack([texts.masked.sum(1), need.sum(1), scope.candidates.sum(1), due.long()])
             masks, needed, candidates, whole = counts.tolist()  # the host's look
             if not all(masks):
@@ -126,7 +129,7 @@ def unmask(
                     break
                 texts = texts.take(torch.tensor([row for row, count in enumerate(masks) if count], device=lm.device))
                 continue
-            step = UnmaskStep(lm, texts, way.refresh.test, scope.candidates, need, [bool(w) for w in whole], max(needed), max(candidates))
+            step = UnmaskStep(lm, texts, test, scope.candidates, need, [bool(w) for w in whole], max(needed), max(candidates))
             hidden = step.run()
             history.append(torch.stack([texts.ids, step.origin]))
             all_new = step.origin == 0
@@ -172,6 +175,7 @@ def _begin(lm: MaskedLM, prompts: Sequence[Sequence[int]], gen_length: int, watc
         age=zero - 1,
         low=start,
         tracked=torch.zeros(rows, watched, dtype=torch.int64, device=device),
+        queries=torch.zeros(rows, watched, lm.heads, lm.head_width, device=device, dtype=lm.dtype),
         reference=torch.zeros(rows, watched, length, device=device),
         steps=zero,
         pairs=zero.clone(),

@@ -3,7 +3,8 @@
 Rows are in one of two groups. *Whole* rows compute every position; *narrow* ones a few, over what the cache holds of the others. A narrow
 row whose attention drifts at a block becomes whole there. Blocks are run once for each group that has rows.
 
-Shapes: ``B`` rows, ``R`` of them in a call, ``T`` positions, ``Q`` computed, ``C`` candidates, ``L`` blocks, ``W`` width of the states.
+Shapes: ``B`` rows, ``R`` of them in a call, ``T`` positions, ``Q`` computed, ``C`` candidates, ``L`` blocks, ``W`` width of the states,
+``H`` heads, ``D`` their width.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class Texts:
         age: int64 ``[B]``, see `offramp.policies.refresh.Progress`; -1 = nothing has been computed yet.
         low: int64 ``[B]``, see `Progress.refreshed_low` there.
         tracked: int64 ``[B, L - 1]``, the token whose attention is watched in each block; no columns without a drift test.
+        queries: ``[B, L - 1, H, D]``, its queries when its block was last computed for every position.
         reference: float32 ``[B, L - 1, T]``, what it attended to when its block was last computed for every position, or the step before.
         steps: int64 ``[B]``.
         pairs: int64 ``[B]``, (position, block) pairs that were computed.
@@ -54,6 +56,7 @@ class Texts:
     age: Tensor
     low: Tensor
     tracked: Tensor
+    queries: Tensor
     reference: Tensor
     steps: Tensor
     pairs: Tensor
@@ -103,7 +106,8 @@ class UnmaskStep:
         texts: the rows; what is known of them is brought up to date.
         test: of drift, or `None`.
         candidates: bool ``[B, T]``, whose states are asked for; at most ``most`` in a row.
-        need: bool ``[B, T]``, what narrow rows compute, candidates and watched tokens included; at most ``width`` in a row.
+        need: bool ``[B, T]``, what narrow rows compute, candidates included, and the watched tokens if they are to be fresh; at most
+            ``width`` in a row.
         due: which rows are whole from the first block on.
         width: see ``need``.
         most: see ``candidates``.
@@ -182,11 +186,12 @@ class UnmaskStep:
     def _choose(self, block: int, rows: Tensor, look: Look) -> None:
         """Of what is written, the token that the candidates attend to most; and what it attends to now."""
         texts = self.texts
-        received = (look(self.candidates[rows]) * self.counted[rows, :, None]).sum(1)
+        received = (look.rows(look.queries(self.candidates[rows])) * self.counted[rows, :, None]).sum(1)
         written = (texts.tokens[rows, : texts.length] != self.lm.mask_token_id) & texts.valid[rows]
         token = received.masked_fill(~written, -1.0).argmax(1)
-        texts.tracked[rows, block] = token
-        texts.reference[rows, block] = look(token[:, None])[:, 0]
+        query = look.queries(token[:, None])
+        texts.tracked[rows, block], texts.queries[rows, block] = token, query[:, :, 0]
+        texts.reference[rows, block] = look.rows(query)[:, 0]
 
     def _narrow(self, block: int) -> None:
         """Run a block on the needed positions of the narrow rows; those that drift are whole from this block on."""
@@ -194,8 +199,7 @@ class UnmaskStep:
         call = self._call(rows, self.places[rows], self.slots[rows])
         cosine: list[Tensor] = []
         if self._tests(block):
-            place = self.rank[rows].gather(1, texts.tracked[rows, block, None])
-            call.watch = lambda look: cosine.append(self._compare(block, rows, look(place)[:, 0]))
+            call.watch = lambda look: cosine.append(self._compare(block, rows, look))
             texts.looks[rows] += 1
         self.narrow.hidden = self.lm.run(self.narrow.hidden, block, call)
         texts.pairs[rows] += self.needed[rows]
@@ -211,8 +215,13 @@ class UnmaskStep:
         before = texts.cache.kept(block, moved)
         self.whole = _Group(torch.cat([self.whole.rows, moved]), torch.cat([self.whole.hidden, before]))
 
-    def _compare(self, block: int, rows: Tensor, now: Tensor) -> Tensor:
-        """Cosine ``[R]`` of what the watched tokens attend to now (``[R, T]``) and then."""
+    def _compare(self, block: int, rows: Tensor, look: Look) -> Tensor:
+        """Cosine ``[R]`` of what the watched tokens attend to now and then."""
+        if self.test is not None and self.test.fresh:
+            query = look.queries(self.rank[rows].gather(1, self.texts.tracked[rows, block, None]))
+        else:
+            query = self.texts.queries[rows, block][:, :, None]
+        now = look.rows(query)[:, 0]
         cosine = F.cosine_similarity(now, self.texts.reference[rows, block], dim=1)
         if self.test is not None and self.test.rolling:
             self.texts.reference[rows, block] = now

@@ -125,10 +125,12 @@ class DriftTest:
     Attributes:
         least: cosine of attention rows below which it has.
         rolling: compare with the step before; else with when the block was last computed for every position.
+        fresh: compute the watched tokens at every step, so that their queries are new; else those are kept.
     """
 
     least: float
     rolling: bool = False
+    fresh: bool = False
 
 
 @runtime_checkable
@@ -216,19 +218,22 @@ class PerBlock:
 class Elastic:
     """When attention drifts, from the block where it drifts on (Elastic-Cache, Nguyen-Tri et al. 2026).
 
-    Between refreshes the candidates and what was just filled in are computed, and in each row a few tokens whose attention is watched: of
-    every block but the last the token that candidates attended to most when the row was last refreshed there. A block drifts when the
-    cosine of what its token attends to now and then is below ``drift``; every position is then computed from there on.
+    Between refreshes the candidates and what was just filled in are computed. In every block but the last one written token is watched: the
+    one that candidates attended to most when the row was last refreshed there. A block drifts when the cosine of what its token attends to
+    now and then is below ``drift``; every position is then computed from there on.
 
     Attributes:
         drift: gamma. Above 1 everything is computed at every step; at -1 or below, nothing is computed again after the first step. The
             paper uses 0.9 for text.
         rolling: compare with the step before instead of the last refresh, so that slow drift is not noticed. Notes on the paper can be read
             either way.
+        fresh: compute the watched tokens too, up to one for each block but the last: their queries are then new, where else those of the
+            last refresh ask the new keys.
     """
 
     drift: float = 0.9
     rolling: bool = False
+    fresh: bool = False
 
     def __post_init__(self) -> None:
         if math.isnan(self.drift):
@@ -236,7 +241,7 @@ class Elastic:
 
     @property
     def test(self) -> DriftTest | None:
-        return DriftTest(self.drift, self.rolling)
+        return DriftTest(self.drift, self.rolling, self.fresh)
 
     def due(self, progress: Progress) -> Tensor:
         return torch.zeros_like(progress.age, dtype=torch.bool)

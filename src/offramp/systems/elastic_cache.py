@@ -5,8 +5,8 @@ values as they were when last computed; rule = a cosine of attention, tested in 
 
 Deviations (no code could be read; rebuilt from the abstract, reviews and notes on the paper):
     - The watched token of a block is chosen when the block is refreshed, of the tokens that are written the one that candidates attend to
-      most, and compared with what it attended to then; notes on the paper can also be read as with the step before (``rolling=True``). It
-      is computed at every step, so that its query is new.
+      most, and compared with what it attended to then; notes on the paper can also be read as with the step before (``rolling=True``). Its
+      query is kept from then and asks the keys of now; ``fresh=True`` computes the token at every step instead.
     - A row that drifts at a block runs that block for all positions before the next ones. From states that were kept behind it, the next
       block's keys and values would be those that it has already. With a threshold above 1 the text is then exactly that of no cache.
     - The attention row is averaged over heads. Nothing is tested in the last block, behind which there is nothing to refresh.
@@ -50,7 +50,7 @@ CARD = Card(
 )
 
 
-def elastic_cache(drift: float = 0.9, window: int = 16, confidence: float = 0.9, rolling: bool = False) -> System:
+def elastic_cache(drift: float = 0.9, window: int = 16, confidence: float = 0.9, rolling: bool = False, fresh: bool = False) -> System:
     """Compose Elastic-Cache.
 
     Args:
@@ -59,5 +59,6 @@ def elastic_cache(drift: float = 0.9, window: int = 16, confidence: float = 0.9,
         window: beta, how many of the left-most masks may be filled in, at least 1. Paper 16 or 32.
         confidence: epsilon, the probability from which on a mask is filled in, > 0; the surest one is in any case. Paper 0.9.
         rolling: compare attention with the step before instead of the last refresh.
+        fresh: compute the watched tokens at every step too, for new queries.
     """
-    return System(card=CARD, fill=Unmask(Elastic(drift, rolling), Sliding(window), confidence))
+    return System(card=CARD, fill=Unmask(Elastic(drift, rolling, fresh), Sliding(window), confidence))

@@ -11,7 +11,7 @@ from torch import nn
 
 from language_models import VOCABULARY, build, prompts
 from masked_models import CAUSAL, ENCODERS, MASK, looking_both_ways
-from offramp.backbones.masked_lm import Call, MaskedLM, attention_rows, bidirectional, masked_lm
+from offramp.backbones.masked_lm import Call, Look, MaskedLM, bidirectional, masked_lm
 from offramp.backbones.state_cache import StateCache
 from offramp.core.errors import InvalidInput, UnsupportedModel
 from offramp.core.flops import counter
@@ -87,7 +87,7 @@ def test_flops_are_those_that_are_counted(family: str) -> None:
             lm.logits(hidden)
         assert counted.get_total_flops() == 10 * lm.head_flops()
         with counter() as counted:
-            lm.run(hidden, 0, Call(cache, rows, everywhere, watch=lambda look: look(picked)))
+            lm.run(hidden, 0, Call(cache, rows, everywhere, watch=lambda look: look.rows(look.queries(picked))))
         assert counted.get_total_flops() == 10 * lm.block_flops(10) + 3 * lm.look_flops(10)
 
 
@@ -101,7 +101,12 @@ class TestAttention:
         seen: list[torch.Tensor] = []
         with torch.no_grad():
             maps = model(text, attention_mask=zeros, output_attentions=True).attentions
-            call = Call(StateCache(4, 2, 9), torch.arange(2), torch.arange(9).expand(2, -1), watch=lambda look: seen.append(look(places)))
+            call = Call(
+                StateCache(4, 2, 9),
+                torch.arange(2),
+                torch.arange(9).expand(2, -1),
+                watch=lambda look: seen.append(look.rows(look.queries(places))),
+            )
             through(lm, text, call)
         for found, full in zip(seen, maps, strict=True):
             expected = full.mean(1).gather(1, places[..., None].expand(-1, -1, 9))
@@ -113,7 +118,8 @@ class TestAttention:
         scores = 3.0 * torch.tanh(query @ key.repeat_interleave(2, 1).transpose(2, 3) * 0.7 / 3.0)
         expected = scores.masked_fill(~mask, float("-inf")).softmax(-1).mean(1)
         places = torch.tensor([[0, 4, 4], [2, 1, 3]])
-        found = attention_rows(query, key, places, mask, 0.7, 3.0)
+        look = Look(query, key, mask, 0.7, 3.0)
+        found = look.rows(look.queries(places))
         torch.testing.assert_close(found, expected.gather(1, places[..., None].expand(-1, -1, 7)))
         assert found[1, :, 4:].eq(0).all()
 

@@ -40,6 +40,7 @@ WAYS = [
     Unmask(PerBlock(), Blocks(6), SURE),
     Unmask(PerBlock(suffix=True), Blocks(6), SURE),
     Unmask(Elastic(0.98), Sliding(5), SURE),
+    Unmask(Elastic(0.98, fresh=True), Sliding(5), SURE),
     Unmask(Elastic(0.99, rolling=True), Sliding(5), SURE),
     Unmask(Elastic(0.995), Blocks(6), SURE),
 ]
@@ -149,18 +150,25 @@ class TestRows:
 class Written:
     """The drift test of one row, written out with the modules of a Llama and whole attention maps."""
 
-    def __init__(self, model: Any, drift: float, rolling: bool) -> None:
-        self.rolling = rolling
+    def __init__(self, model: Any, drift: float, rolling: bool, fresh: bool) -> None:
+        self.rolling, self.fresh = rolling, fresh
         self.model, self.drift, self.blocks = model, drift, list(model.model.layers)
         self.states: list[Tensor] = []  # before each block
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         self.tracked: list[int] = [0] * len(self.blocks)
+        self.asking: list[Tensor | None] = [None] * len(self.blocks)
         self.reference: list[Tensor | None] = [None] * len(self.blocks)
         self.refreshed: list[int] = []
 
-    def block(self, k: int, places: list[int]) -> tuple[Tensor, Tensor]:
-        """Run block k at places; returns its states there and its head-mean attention map ``[len(places), T]``."""
+    def attended(self, k: int, query: Tensor) -> Tensor:
+        """Attention ``[H, n, T]`` of queries ``[H, n, D]`` over the keys of block k."""
+        attention = self.blocks[k].self_attn
+        keys = self.keys[k].repeat_interleave(attention.num_key_value_groups, 0)
+        return (query @ keys.transpose(1, 2) * attention.scaling).softmax(-1)
+
+    def block(self, k: int, places: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Run block k at places; returns its states there, its head-mean attention map ``[len(places), T]`` and its queries."""
         from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
         layer, attention = self.blocks[k], self.blocks[k].self_attn
@@ -172,13 +180,11 @@ class Written:
         )
         query, key = apply_rotary_pos_emb(query, key, *self.model.model.rotary_emb(hidden, torch.tensor([places])))
         self.keys[k][:, places], self.values[k][:, places] = key[0], value[0]
-        groups = attention.num_key_value_groups
-        keys, values = (t.repeat_interleave(groups, 0) for t in (self.keys[k], self.values[k]))
-        weights = (query[0] @ keys.transpose(1, 2) * attention.scaling).softmax(-1)
-        mixed = (weights @ values).transpose(0, 1).reshape(1, len(places), -1)
+        weights = self.attended(k, query[0])
+        mixed = (weights @ self.values[k].repeat_interleave(attention.num_key_value_groups, 0)).transpose(0, 1).reshape(1, len(places), -1)
         hidden = hidden + attention.o_proj(mixed)
         hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-        return hidden[0], weights.mean(0)
+        return hidden[0], weights.mean(0), query[0]
 
     def step(self, text: Tensor, candidates: list[int], need: list[int]) -> Tensor:
         """Logits of the candidates."""
@@ -191,31 +197,33 @@ class Written:
             self.keys, self.values = ([torch.zeros(shape, dtype=embedded.dtype) for _ in self.blocks] for _ in range(2))
             origin, places = 0, everything
         else:
-            origin, places = len(self.blocks), sorted({*candidates, *need, *self.tracked[:-1]})
+            origin, places = len(self.blocks), sorted({*candidates, *need, *(self.tracked[:-1] if self.fresh else ())})
         self.states[0][places] = embedded[places]
         for k in range(len(self.blocks)):
-            after, weights = self.block(k, places)
+            after, weights, query = self.block(k, places)
             if places != everything and k < len(self.blocks) - 1:
-                now = weights[places.index(self.tracked[k])]
+                now = weights[places.index(self.tracked[k])] if self.fresh else self.attended(k, self.asking[k])[:, 0].mean(0)
                 then, self.reference[k] = self.reference[k], now if self.rolling else self.reference[k]
                 if not F.cosine_similarity(now, then, dim=0) >= self.drift:
                     places, origin = everything, k + 1
-                    after, weights = self.block(k, places)
+                    after, weights, query = self.block(k, places)
             if places == everything:
                 written = [i for i in everything if text[i] != MASK]
                 self.tracked[k] = max(written, key=lambda i: float(weights[candidates][:, i].sum()))
                 self.reference[k] = weights[self.tracked[k]]
+                self.asking[k] = query[:, self.tracked[k], None]
             self.states[k + 1][places] = after
         self.refreshed.append(origin)
         return self.model.lm_head(self.model.model.norm(self.states[-1][candidates]))
 
 
+@pytest.mark.parametrize("fresh", [False, True], ids=["kept queries", "fresh"])
 @pytest.mark.parametrize("rolling", [False, True], ids=["since refresh", "rolling"])
 @pytest.mark.parametrize("drift", [0.9, 0.98, 0.995])
 @pytest.mark.parametrize("prompt", prompts((5, 12)), ids=len)
-def test_drift_is_tested_as_written_out(llama: MaskedLM, drift: float, prompt: list[int], rolling: bool) -> None:
+def test_drift_is_tested_as_written_out(llama: MaskedLM, drift: float, prompt: list[int], rolling: bool, fresh: bool) -> None:
     text = torch.tensor(prompt + [MASK] * NEW)
-    other, recent, size = Written(llama.model, drift, rolling), [], 5
+    other, recent, size = Written(llama.model, drift, rolling, fresh), [], 5
     with torch.no_grad():
         while MASK in text:
             candidates = [i for i in range(len(text)) if text[i] == MASK][:size]
@@ -226,7 +234,7 @@ def test_drift_is_tested_as_written_out(llama: MaskedLM, drift: float, prompt: l
             for n, i in enumerate(candidates):
                 if i in recent:
                     text[i] = token[n]
-    found = unmask(llama, [prompt], NEW, Unmask(Elastic(drift, rolling), Sliding(size), SURE))
+    found = unmask(llama, [prompt], NEW, Unmask(Elastic(drift, rolling, fresh), Sliding(size), SURE))
     assert found.refreshed[0] == other.refreshed and found.tokens[0] == text[len(prompt) :].tolist()
     if drift == 0.995:
         assert len(set(found.refreshed[0])) > 2, "a case in which rows drift at unlike blocks"
