@@ -30,12 +30,11 @@ from offramp.engines.classify import Quota as QuotaMode
 from offramp.engines.classify import Throughput as ThroughputMode
 from offramp.engines.draft_export import export_draft
 from offramp.engines.export import export_onnx
-from offramp.engines.record import record
 from offramp.language import LanguageModel
 from offramp.network import MultiExit, load_plan
 from offramp.policies import Confidence, Entropy, Patience
 from offramp.policies.decoding import Accept, Plain, Verify
-from offramp.verbs import attach, compile, fit, load, report  # noqa: A004 - the verb, as in torch.compile
+from offramp.verbs import attach, compile, fit, load, record, report  # noqa: A004 - the verb, as in torch.compile
 
 __version__ = "0.1.0.dev0"
 

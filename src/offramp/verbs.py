@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, overload
@@ -20,10 +20,12 @@ from offramp.core.certificate import Plan
 from offramp.core.errors import ArtifactError, InvalidInput
 from offramp.core.protocols import HeadSpec
 from offramp.core.system import System
+from offramp.core.trace import Trace
 from offramp.engines import classify
 from offramp.engines.classify import Runner
 from offramp.engines.modes import Mode
 from offramp.engines.planner import SpeculationPlan
+from offramp.engines.record import record as record_trace
 from offramp.engines.text_generator import TextGenerator, text_generator
 from offramp.exits.cached import Adapter, Block
 from offramp.exits.lm import LMHeadSpec, OwnNorm, OwnOutput, Shared, Trimmed, frequent
@@ -51,7 +53,8 @@ class Kind:
         words: what it is called in an error.
         made: the class that `attach` gives.
         recognises: ``(model, options given to attach) -> bool``.
-        verbs: the function of each verb, named as the verb.
+        verbs: the function of each verb.
+        passed: the function that takes what such a function passes on, where its own names do not say what may be given.
         stem: of the file that `load` finds in a saved folder, without ``.json``.
     """
 
@@ -59,6 +62,7 @@ class Kind:
     made: type
     recognises: Callable[[Any, Mapping[str, Any]], bool]
     verbs: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    passed: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     stem: str = ""
 
 
@@ -149,6 +153,13 @@ def _blocks(data: Any, tokenizer: Any, block: int) -> Tensor | None:
     return None
 
 
+def _record_language(net: LanguageModel, loader: Any = None, **options: Any) -> Any:
+    raise InvalidInput(
+        "A trace is of items with one answer each. How often the exits of a language model say what the model says, token by token, is "
+        "found by offramp.engines.agreement.agreement(lm, texts); compile(lm, texts=...) plans with it."
+    )
+
+
 def _compile_language(net: LanguageModel, plan: Way | SpeculationPlan | AcceptPlan | System | None = None, **options: Any) -> TextGenerator:
     if isinstance(plan, Plan):
         raise InvalidInput(
@@ -161,7 +172,7 @@ def _compile_language(net: LanguageModel, plan: Way | SpeculationPlan | AcceptPl
 def _is_language(model: Any, options: Mapping[str, Any]) -> bool:
     """Whether the model ends in an output layer over tokens; whether it can be decoded is found out by trying."""
     if "exits" in options:
-        return True
+        return isinstance(model, nn.Module)
     if "at" in options or "example" in options or not hasattr(model, "config"):
         return False
     ending = getattr(model, "get_output_embeddings", None)
@@ -175,15 +186,16 @@ KINDS: tuple[Kind, ...] = (
         "a language model",
         LanguageModel,
         _is_language,
-        {"attach": _attach_language, "fit": _fit_language, "compile": _compile_language, "load": load_lm},
+        {"attach": _attach_language, "fit": _fit_language, "record": _record_language, "compile": _compile_language, "load": load_lm},
+        {"fit": train_fit, "compile": text_generator},
         "lm",
     ),
     Kind(
         "a network cut into segments",
         MultiExit,
-        lambda model, options: True,
-        {"attach": attach_network, "fit": train_fit, "compile": classify.compile, "load": load_network},
-        "adapter",
+        lambda model, options: isinstance(model, nn.Module),
+        {"attach": attach_network, "fit": train_fit, "record": record_trace, "compile": classify.compile, "load": load_network},
+        stem="adapter",
     ),
 )
 """Kinds of networks; `attach` takes the first that recognises a model, so the most general is last."""
@@ -193,10 +205,9 @@ def _call(kind: Kind, verb: str, *arguments: Any, **options: Any) -> Any:
     """Carry out a verb; options that belong to another kind are refused by name."""
     if verb not in kind.verbs:
         raise InvalidInput(f"{verb} of {kind.words} is not known; it has {', '.join(kind.verbs)}.")
-    function = kind.verbs[verb]
-    known = _names(function)
+    function, known = kind.verbs[verb], _names(kind, verb)
     if wrong := [name for name in options if name not in known]:
-        others = [k.words for k in KINDS if k is not kind and verb in k.verbs and set(wrong) <= set(_names(k.verbs[verb]))]
+        others = [k.words for k in KINDS if k is not kind and verb in k.verbs and set(wrong) <= set(_names(k, verb))]
         where = f" {'They belong' if len(wrong) > 1 else 'It belongs'} to {' or '.join(others)}." if others else ""
         raise InvalidInput(
             f"{verb} of {kind.words} takes no {', '.join(wrong)}.{where} It takes {', '.join(n for n in known if n not in _FIRST)}."
@@ -204,19 +215,14 @@ def _call(kind: Kind, verb: str, *arguments: Any, **options: Any) -> Any:
     return function(*arguments, **options)
 
 
-_FIRST = ("net", "model", "folder", "train_loader", "data")
+_FIRST = ("net", "model", "folder", "train_loader", "data", "loader")
 
 
-def _names(function: Callable[..., Any]) -> tuple[str, ...]:
-    found: list[str] = []
-    for name, parameter in inspect.signature(function).parameters.items():
-        if parameter.kind is not inspect.Parameter.VAR_KEYWORD:
-            found.append(name)
-        elif function is _fit_language:
-            found += _names(train_fit)
-        elif function is _compile_language:
-            found += _names(text_generator)
-    return tuple(dict.fromkeys(found))
+def _names(kind: Kind, verb: str) -> tuple[str, ...]:
+    """What may be given by name."""
+    functions = [kind.verbs[verb], *([kind.passed[verb]] if verb in kind.passed else [])]
+    given = [parameter for function in functions for parameter in inspect.signature(function).parameters.values()]
+    return tuple(dict.fromkeys(p.name for p in given if p.kind is not inspect.Parameter.VAR_KEYWORD))
 
 
 def _kind_of(net: Any, verb: str) -> Kind:
@@ -284,10 +290,10 @@ def attach(model: nn.Module, at: Any = None, **options: Any) -> Any:
         >>> offramp.attach(model, at=["1"], example=torch.randn(2, 8)).at
         ('1',)
     """
-    if not isinstance(model, nn.Module):
-        raise InvalidInput(f"attach takes a torch.nn.Module; got {type(model).__name__}.")
     given = {**options, "at": at} if at is not None else options
-    kind = next(k for k in KINDS if k.recognises(model, given))
+    kind = next((k for k in KINDS if k.recognises(model, given)), None)
+    if kind is None:
+        raise InvalidInput(f"attach takes a torch.nn.Module; got {type(model).__name__}.")
     if kind.made is MultiExit and "example" not in options:
         raise InvalidInput(
             f"A {type(model).__name__} is cut into segments by running it once: give example=..., inputs as it takes them. A causal "
@@ -315,6 +321,20 @@ def fit(net: Any, data: Any, recipe: Recipe | None = None, **options: Any) -> Fi
         MissingExtra: accelerate is not installed.
     """
     return _call(_kind_of(net, "fit"), "fit", net, data, recipe, **options)
+
+
+def record(net: MultiExit, loader: Iterable[Any], **options: Any) -> Trace:
+    """Run every exit on every item, once; what chooses or compares reads the trace. See `offramp.engines.record.record` for all options.
+
+    Args:
+        net: from `attach` or `load`.
+        loader: batches of items that were not trained on.
+        options: ``rules``, ``keep_logits``, ``loss``, ``latency``, ``provenance``, ``progress``.
+
+    Raises:
+        InvalidInput: a batch does not fit, or the network has no trace.
+    """
+    return _call(_kind_of(net, "record"), "record", net, loader, **options)
 
 
 @overload
@@ -417,4 +437,4 @@ def report(path: str | os.PathLike[str], **about: Any) -> Path:
     return text_report(path, **about)
 
 
-__all__ = ["HEADS", "KINDS", "Kind", "attach", "compile", "fit", "load", "report"]
+__all__ = ["HEADS", "KINDS", "Kind", "attach", "compile", "fit", "load", "record", "report"]

@@ -98,8 +98,9 @@ def test_options_of_the_other_kind_are_named(model, plain):
         offramp.attach(plain, exits=[1])
     with pytest.raises(InvalidInput, match=r"exits=\[2\]"):
         offramp.attach(model, exits=2)
-    with pytest.raises(InvalidInput, match=r"torch.nn.Module"):
-        offramp.attach("llama")
+    for options in ({}, {"exits": [1]}):
+        with pytest.raises(InvalidInput, match=r"takes a torch.nn.Module; got str"):
+            offramp.attach("llama", **options)
 
 
 # ---- fit ---------------------------------------------------------------------------------------------------------------------
@@ -198,6 +199,8 @@ def test_a_plan_of_the_other_kind_is_refused(model, net):
         offramp.compile(net, never(net, offramp.Confidence()), texts=[])
     with pytest.raises(InvalidInput, match=r"needs texts"):
         offramp.compile(lm)
+    with pytest.raises(InvalidInput, match=r"agreement\(lm, texts\)"):
+        offramp.record(lm, [])
     with pytest.raises(InvalidInput, match=r"what attach or load made"):
         offramp.compile(model, offramp.Plain())
 
@@ -234,7 +237,7 @@ def test_reports_of_texts(model, tmp_path):
 
 
 def test_a_new_kind_is_one_entry(monkeypatch, plain):
-    """What another kind of network needs to be known by all verbs."""
+    """What another kind of network needs to be known by all verbs; what it is attached to need not be a module."""
 
     class Other:
         pass
@@ -242,6 +245,6 @@ def test_a_new_kind_is_one_entry(monkeypatch, plain):
     made = Other()
     kind = verbs.Kind("something else", Other, lambda model, options: "special" in options, {"attach": lambda model, *, special: made})
     monkeypatch.setattr(verbs, "KINDS", (kind, *verbs.KINDS))
-    assert offramp.attach(plain, special=True) is made
+    assert offramp.attach(plain, special=True) is made and offramp.attach("a pipeline", special=True) is made
     with pytest.raises(InvalidInput, match=r"compile of something else"):
         offramp.compile(made, None)
