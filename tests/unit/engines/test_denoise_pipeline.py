@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,10 +17,11 @@ from offramp.core.noise import FlowMatching, LogSigma, VariancePreserving
 from offramp.diffusion import attach_denoiser
 from offramp.engines.denoise import Denoiser
 from offramp.engines.pipeline import attach_pipeline, sample
-from offramp.policies.denoising import INPUT, OUTPUT, Every, NoiseLevel, Point, StateChange
+from offramp.policies.denoising import INPUT, OUTPUT, Chance, Every, InputChange, NoiseLevel, Point, ResidualChange, StateChange
 from offramp.policies.fills import CachedOutput, CachedResidual, Extrapolated, Identity
 
 pytest.importorskip("diffusers")
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 ALWAYS = float("-inf")
 SIZE: dict[str, Any] = {"num_inference_steps": 4, "height": 8, "width": 8, "output_type": "np"}
@@ -97,6 +99,40 @@ def test_memories_end_with_the_call_also_by_an_error(dit_pipe: Any, dit_view: An
     fast.scheduler.step = step
     assert fast.denoiser.trajectory.cache_bytes == 0
     assert torch.equal(labelled(fast), want)
+
+
+@pytest.mark.parametrize(
+    "point",
+    [
+        Point(0, -1, CachedResidual(), StateChange(), ALWAYS),
+        Point(1, -1, Extrapolated(1), ResidualChange(0), ALWAYS),
+        Point(INPUT, OUTPUT, CachedOutput(), InputChange(), ALWAYS),
+        Point(1, -1, Identity(), Chance(), 0.5),
+    ],
+    ids=lambda p: type(p.signal).__name__,
+)
+def test_an_image_does_not_depend_on_the_others_of_its_batch(dit_view: Any, point: Point) -> None:
+    net = dit_view.denoiser.net
+    noise = torch.randn(8, 4, 8, 8, generator=torch.Generator().manual_seed(2))
+    labels, null = torch.arange(8), torch.full((8,), 1000)
+    flow = schedulers()[2]
+
+    def run(runner: Denoiser, rows: slice) -> Tensor:
+        inputs: Any = {"inputs": {"class_labels": labels[rows]}, "unconditional": {"class_labels": null[rows]}}
+        return sample(runner, flow(), noise[rows], steps=5, guidance=2.0, **inputs)
+
+    if point.threshold == ALWAYS:  # then one that half of the rows reach at the second step
+        watching = Denoiser(net, [point], observe=True)
+        run(watching, slice(8))
+        scores = watching.report.scores[0][:, 1].sort().values
+        point = replace(point, threshold=float(scores[7:9].mean()))
+    together = Denoiser(net, [point])
+    batch, depth = run(together, slice(8)), together.report.depth
+    for k in range(8):
+        alone = Denoiser(net, [point])
+        torch.testing.assert_close(run(alone, slice(k, k + 1)), batch[k : k + 1], atol=1e-5, rtol=1e-5)
+        assert torch.equal(alone.report.depth, depth[[k, k + 8]])
+    assert (depth.amin(0) < depth.amax(0)).any() and together.report.cost < 1  # rows differ, or this shows nothing
 
 
 def test_the_last_step_is_known_from_the_scheduler(dit_pipe: Any, dit_view: Any) -> None:
