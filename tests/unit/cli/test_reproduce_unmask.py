@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from masked_models import MASK, looking_both_ways
 from offramp import systems
+from offramp.cli import app
 from offramp.cli.reproduce_unmask import UnmaskSettings, judged, load_settings, measured, read_text, reproduce, table_rows, variants
 from offramp.core.errors import InvalidInput
 from offramp.core.system import Predicate
@@ -109,3 +111,17 @@ def test_configurations_that_are_refused(tmp_path: Path) -> None:
         load_settings(tmp_path / "y.toml", "tiny")
     with pytest.raises(InvalidInput, match="no variant 'huge'"):
         load_settings(tmp_path / "y.toml", "huge")
+
+
+def test_from_the_command_line(tmp_path: Path, text: str) -> None:
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "elastic-cache.toml").write_text(
+        "seeds = [0]\nintervals = [2]\n[sweep]\ndrift = [0.9]\n[tiny]\nblocks = 2\nwidth = 16\nheads = 2\nsteps = 2\nlength = 16\n"
+        "prompts = 2\nprompt_length = 4\nnew_tokens = 4\ndraws = 1\ntimed = 1\nrounds = 1\n"
+    )
+    given = ["reproduce", "elastic-cache", "--data", text, "--device", "cpu"]
+    result = CliRunner().invoke(app, [*given, "--configs", str(tmp_path / "configs"), "--results", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    assert "every 2 steps" in result.output and "claim" in result.output
+    saved = json.loads((tmp_path / "elastic-cache--tiny--cpu.json").read_text())
+    assert saved["system"] == "elastic-cache" and saved["settings"]["blocks"] == 2
