@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import Any
 
@@ -35,7 +35,7 @@ _LEAST_SLOTS = 256
 
 @dataclass(frozen=True)
 class Need:
-    """What captured rounds are made for: texts that need the same share them.
+    """What captured rounds are made for: texts that need the same, or are shorter, share them.
 
     Attributes:
         rows: texts at a time, a power of two.
@@ -222,7 +222,7 @@ class TextGenerator:
             lengths = (0, *sorted({k for k in (*LENGTHS, best.draft_length) if k <= most}))
             way = Verify(lengths[-1], exit_index=best.exit_index)
         need = Need(rows, slots, lengths, way if isinstance(way, Verify) else Plain(), asked.sampling, asked.ends)
-        made = self._get(need)
+        need, made = self._get(need)
         if len(lengths) == 1 or self.plan is None:
             return made, None
         if need not in self._times:
@@ -239,10 +239,13 @@ class TextGenerator:
             times = {best: times[best]}
         return LengthChoice.of(times, even_acceptance(known.tokens[most], most))
 
-    def _get(self, need: Need) -> Rounds:
-        if need in self._made:
-            self._made.move_to_end(need)
-            return self._made[need]
+    def _get(self, need: Need) -> tuple[Need, Rounds]:
+        """Rounds that serve a need, those made for longer texts included: attention reads no further than a text goes."""
+        fitting = [n for n in self._made if n.slots >= need.slots and replace(n, slots=need.slots) == need]
+        if fitting:
+            found = min(fitting, key=lambda n: n.slots)
+            self._made.move_to_end(found)
+            return found, self._made[found]
         while len(self._made) >= self.keep:
             gone, _ = self._made.popitem(last=False)
             self._times.pop(gone, None)
@@ -255,7 +258,7 @@ class TextGenerator:
         )
         self.captures += 1
         self._made[need] = made
-        return made
+        return need, made
 
     def _slots(self, tokens: int) -> int:
         most = self.lm.decoder.max_positions

@@ -137,6 +137,10 @@ def test_prepared_is_not_captured_again(lm):
     run.prepare(rows=2, tokens=100)
     run.generate(prompts((5, 6)), max_new_tokens=10)
     assert run.captures == 1
+    run.prepare(rows=2, tokens=700)
+    assert run.captures == 2 and [need.slots for need in run._made] == [256, 768]
+    run.generate(prompts((3, 4)), max_new_tokens=300)  # between the two, and the longer ones serve it
+    assert run.captures == 2
     with pytest.raises(InvalidInput, match="tokens at least 2"):
         run.prepare(tokens=1)
 
