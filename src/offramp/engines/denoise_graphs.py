@@ -1,15 +1,16 @@
 """A denoiser's segments compiled, and on CUDA captured as graphs by number of rows.
 
 Segments between two decisions are one function, so that a compiler sees them whole. Each is captured for the rows of a call and for powers
-of two below: fewer rows run in the next larger size, and what the rows beyond them hold is computed along and read by nobody. A step
-that is known beforehand and the same for every row is one graph, memories included: one for every depth of a schedule.
+of two below: fewer rows run in the next larger size, and what the rows beyond them hold is computed along and read by nobody. A step that is
+known beforehand and the same for every row is one graph, memories included: one for every depth of a schedule. What lies between two places
+of a plan is compiled once and is part of many graphs.
 
 On the CPU a "graph" is a plain call: that is how this is tested.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,13 +52,12 @@ class _Step:
         self.weights = {i: torch.zeros(work.rows, fills[i].keeps, device=run.device) for i in work.path.fired if fills[i].keeps > 1}
         self.memory = {i: run.room(owner, work, i, memories[i].snapshots[0]) for i in work.path.fired if fills[i].keeps}
         self.outputs: dict[str, Tensor] = {}
-        function = run.recorder.wrap(work.__call__)
-        kept = self._work(work)[1]  # once, to see the shapes of what is kept
+        kept = self._work(Cut.run)[1]  # once, to see the shapes of what is kept
         self.memory |= {i: run.room(owner, work, i, new) for i, new in kept.items()}
         saved = {i: [{n: t.clone() for n, t in s.items()} for s in held] for i, held in self.memory.items()}
 
         def call() -> None:
-            self.outputs, kept = self._work(function)
+            self.outputs, kept = self._work(run.through)
             for i, new in kept.items():
                 held = self.memory[i]
                 for older, newer in zip(held[:0:-1], held[-2::-1], strict=True):
@@ -73,14 +73,14 @@ class _Step:
                     tensor.copy_(before[name])
         self.replay = self._graph.replay
 
-    def _work(self, function: Any) -> Any:
+    def _work(self, run: Callable[[Cut, CutState, int, int], CutState]) -> tuple[dict[str, Tensor], dict[int, Tensors]]:
         remembered = {i: self.memory[i] for i in self.work.path.fired if i in self.memory}
-        return function(self.inputs, remembered, self.weights, self.level)
+        return self.work(self.inputs, remembered, self.weights, self.level, run)
 
 
 @dataclass
 class Captured:
-    """Runs segments as captured graphs (an `offramp.engines.denoise_step.Runner`).
+    """Runs segments as captured graphs (an `offramp.engines.denoise_run.Runner`).
 
     One that is shared by several denoisers of one model shares its graphs; then they must not run at the same time.
 
@@ -138,10 +138,23 @@ class Captured:
                 _window(span.inputs[name], cut.batch_dims.get(name, ()), state.rows).copy_(value)
             if span.graph is not None:
                 span.graph.replay()
-        fresh = dict(zip(made, span.made, strict=True))
-        values = {n: _window(fresh[n], cut.batch_dims.get(n, ()), state.rows) if n in fresh else state.values[n] for n in cut.names(stop)}
-        hidden = values[str(cut.segments[stop - 1].hidden)] if stop < len(cut.segments) else None
-        return CutState(values, state.rows, stop, hidden)
+        fresh = {n: _window(t, cut.batch_dims.get(n, ()), state.rows) for n, t in zip(made, span.made, strict=True)}
+        return cut.skip(state, stop, fresh)
+
+    def through(self, cut: Cut, state: CutState, start: int, stop: int) -> CutState:
+        """Segments ``start`` to ``stop - 1`` compiled, not captured: shared by all that captures them."""
+        read = _reads(cut, start, stop)
+        made = self._function(cut, start, stop, read)[1](*(state.values[n] for n in read))
+        return cut.skip(state, stop, dict(zip(cut.made(start, stop), made, strict=True)))
+
+    def _function(self, cut: Cut, start: int, stop: int, read: tuple[str, ...]) -> tuple[Any, Any]:
+        """As exported, and compiled."""
+        key = (cut, start, stop)
+        if key not in self._functions:
+            plain = _function(cut, start, stop, read)
+            self._functions[key] = plain, self.recorder.wrap(plain)
+        found: tuple[Any, Any] = self._functions[key]
+        return found
 
     def step(self, work: Work, state: CutState, memories: Sequence[Memory], log_snr: float, owner: Any) -> dict[str, Tensor]:
         path, points = work.path, work.points
@@ -187,11 +200,7 @@ class Captured:
             dims = cut.batch_dims.get(name, ())
             inputs[name] = _room(value, dims, size)
             _window(inputs[name], dims, state.rows).copy_(value)
-        plain, function = self._functions.get((cut, state.at, stop), (None, None))
-        if plain is None:
-            plain = _function(cut, state.at, stop, tuple(given))
-            function = self.recorder.wrap(plain)
-            self._functions[cut, state.at, stop] = plain, function
+        plain, function = self._function(cut, state.at, stop, tuple(given))
         span = _Span(inputs, tuple(torch.empty_like(t) for t in plain(*inputs.values())))
 
         def call() -> None:
@@ -205,8 +214,8 @@ class Captured:
 
 
 def _bring(memory: Memory, room: list[dict[str, Tensor]]) -> None:
-    """What a memory holds elsewhere is copied to its fixed addresses."""
-    for snapshot, place in zip(memory.snapshots, room, strict=False):
+    """What a memory holds elsewhere is copied to its fixed addresses, oldest first: what was newest may have become older there."""
+    for snapshot, place in reversed(list(zip(memory.snapshots, room, strict=False))):
         for name, tensor in place.items():
             if snapshot[name] is not tensor:
                 tensor.copy_(snapshot[name])

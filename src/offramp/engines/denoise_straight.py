@@ -100,7 +100,12 @@ class Work:
     rows: int
 
     def __call__(
-        self, values: Tensors, remembered: Mapping[int, Sequence[Tensors]], weights: Mapping[int, Tensor], level: Tensor | None
+        self,
+        values: Tensors,
+        remembered: Mapping[int, Sequence[Tensors]],
+        weights: Mapping[int, Tensor],
+        level: Tensor | None,
+        run: Callable[[Cut, CutState, int, int], CutState] = Cut.run,
     ) -> tuple[dict[str, Tensor], dict[int, Tensors]]:
         """The outputs by name, and what each point of ``path.stored`` keeps.
 
@@ -109,6 +114,7 @@ class Work:
             remembered: for each point that fires what it remembers, newest first.
             weights: ``[B, keeps]`` of those steps, for points that weigh them.
             level: log-SNR ``[B]`` float32, for output layers.
+            run: runs segments as `Cut.run` does.
         """
         state = CutState(values, self.rows, 0)
         starts: dict[int, dict[str, Tensor]] = {}
@@ -120,7 +126,7 @@ class Work:
                 for p in self.points:
                     if p.start == state.at and p.index in self.path.stored:
                         starts[p.index] = _start(p, state)
-                state = self.cut.run(state, *part)
+                state = run(self.cut, state, *part)
             for p in self.points:
                 if p.stop == state.at and p.index in self.path.stored and p.index not in kept and p.point.fill.keeps:
                     kept[p.index] = p.point.fill.remember(starts[p.index], {n: state.values[n] for n in p.made})
