@@ -129,7 +129,8 @@ def unmask(
                     break
                 texts = texts.take(torch.tensor([row for row, count in enumerate(masks) if count], device=lm.device))
                 continue
-            step = UnmaskStep(lm, texts, test, scope.candidates, need, [bool(w) for w in whole], max(needed), max(candidates))
+            width = max((n for n, w in zip(needed, whole, strict=True) if not w), default=1)
+            step = UnmaskStep(lm, texts, test, scope.candidates, need, [bool(w) for w in whole], width, max(candidates))
             hidden = step.run()
             history.append(torch.stack([texts.ids, step.origin]))
             all_new = step.origin == 0

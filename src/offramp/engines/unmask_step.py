@@ -107,7 +107,7 @@ class UnmaskStep:
         test: of drift, or `None`.
         candidates: bool ``[B, T]``, whose states are asked for; at most ``most`` in a row.
         need: bool ``[B, T]``, what narrow rows compute, candidates included, and the watched tokens if they are to be fresh; at most
-            ``width`` in a row.
+            ``width`` in a row that is not due.
         due: which rows are whole from the first block on.
         width: see ``need``.
         most: see ``candidates``.
