@@ -1,9 +1,9 @@
 """A denoiser's segments compiled, and on CUDA captured as graphs by number of rows.
 
 Segments between two decisions are one function, so that a compiler sees them whole. Each is captured for the rows of a call and for powers
-of two below: fewer rows run in the next larger size, and what the rows beyond them hold is computed along and read by nobody. A step that is
-known beforehand and the same for every row is one graph, memories included: one for every depth of a schedule. What lies between two places
-of a plan is compiled once and is part of many graphs.
+of two below: fewer rows run in the next larger size, and what the rows beyond them hold is computed along and read by nobody. A step that
+is known beforehand and the same for every row is one graph, memories included: one for every depth of a schedule. What lies between two
+places of a plan is compiled once and is part of many graphs.
 
 On the CPU a "graph" is a plain call: that is how this is tested.
 """
