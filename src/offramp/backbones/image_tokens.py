@@ -11,7 +11,6 @@ other keys and values are new and compares with the model.
 
 Needed of a model (diffusers' DiT, PixArt and Stable Diffusion 3 have it): ``pos_embed`` from image to tokens, positions included; a list
 ``transformer_blocks``, each with attention that has ``to_k`` and ``to_v``; and ``proj_out`` or ``proj_out_2`` from states to outputs.
-Modules that are replaced in the model afterwards are not seen.
 
 Shapes: ``B`` rows of a call, ``N`` tokens of an image, ``k`` of them that are computed, ``W`` width of what is kept.
 """
@@ -108,7 +107,12 @@ class ImageTokens:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        name = type(model).__name__
+        self._now: _Now | None = None
+        self._see()
+
+    def _see(self) -> None:
+        """Make the copy."""
+        model, name = self.model, type(self.model).__name__
         embedding, blocks = getattr(model, EMBEDDING, None), getattr(model, BLOCKS, None)
         output = next((n for n in OUTPUTS if isinstance(getattr(model, n, None), nn.Module)), None)
         missing = [
@@ -124,7 +128,7 @@ class ImageTokens:
             raise UnsupportedModel(f"{name} cannot compute some tokens of an image alone: it lacks {'; and '.join(missing)}.")
         self.blocks = len(blocks)
         self.places = 0
-        self._now: _Now | None = None
+        self._originals: list[nn.Module] = [model]
         seen = [self._block(block, f"{BLOCKS}.{k} of {name}") for k, block in enumerate(blocks)]
         replaced = {
             EMBEDDING: _Around(embedding, self._choose),
@@ -133,10 +137,16 @@ class ImageTokens:
         }
         self._view = _seen_through(model, **replaced)
         self._view._compiled_call_impl = None  # compiled, it would be the model itself that runs
+        self._parts = self._own()
+
+    def _own(self) -> list[Any]:
+        """What the copies have of their own: were it replaced in the model, they would not know."""
+        return [part for m in self._originals for part in (*m._modules.values(), getattr(m, "processor", None))]
 
     def _block(self, block: nn.Module, where: str) -> nn.Module:
         """A view of a block, its attention over image tokens with it."""
         attentions = {}
+        self._originals.append(block)
         for name, child in block.named_children():
             if not hasattr(child, "to_q") or getattr(child, "is_cross_attention", False):
                 continue  # keys and values of text are the same for every token
@@ -144,6 +154,7 @@ class ImageTokens:
                 raise UnsupportedModel(
                     f"{where}: {name} makes keys and values in one layer; call unfuse_qkv_projections() on the model first."
                 )
+            self._originals.append(child)
             attentions[name] = _seen_through(child, to_k=self._kept(child.to_k), to_v=self._kept(child.to_v))
         if not attentions:
             raise UnsupportedModel(
@@ -180,8 +191,6 @@ class ImageTokens:
         old = now.kept[place]
         if old is None:
             raise UnsupportedModel(f"{type(self.model).__name__} ran through other modules than those that are seen here.")
-        if old.is_inference() and not torch.is_inference_mode_enabled():
-            now.kept[place] = old = old.clone()
         old.scatter_(1, now.active[..., None].expand(-1, -1, old.shape[2]), new.to(old.dtype))
         return old.clone() if output else old
 
@@ -204,6 +213,11 @@ class ImageTokens:
         Raises:
             UnsupportedModel: the model did not run through the modules that are seen here.
         """
+        parts = self._own()
+        if len(parts) != len(self._parts) or any(a is not b for a, b in zip(parts, self._parts, strict=True)):
+            self._see()  # adapters were loaded, or another attention function was set
+        if not torch.compiler.is_compiling() and not torch.is_inference_mode_enabled():  # else they cannot be written into
+            store.kept = [t.clone() if t.is_inference() else t for t in store.kept]
         now = _Now(list(store.kept) if active is not None else [None] * self.places, active)
         self._now = now
         try:

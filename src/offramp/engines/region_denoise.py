@@ -213,7 +213,12 @@ class RegionDenoiser(Denoiser):
                 kwargs = take_rows(kwargs, torch.arange(rows, device=sample.device), call.rows)
             tokens = self.image_tokens.check(kwargs)
             with counter() as counted:
-                self.image_tokens(TokenStore(), None, kwargs)
+                output = first_tensor(self.image_tokens(TokenStore(), None, kwargs))
+            if output.shape[0] != rows or output.shape[2:] != sample.shape[2:]:
+                raise InvalidInput(
+                    f"{type(self.net.model).__name__} gives {tuple(output.shape)} for {rows} images {tuple(sample.shape[1:])}: it takes no "
+                    "images of this form (diffusers' DiT takes square ones)."
+                )
             grid = token_grid(sample.shape[2:], tokens)
             if self.regions.ratio < 1 and tokens <= self.regions.multiple:
                 warnings.warn(
