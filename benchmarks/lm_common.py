@@ -97,6 +97,7 @@ class Sheet:
             plain = json.loads(json.dumps(content))
             if all(before.get(k) == plain.get(k) for k in same):
                 self.content |= {k: v for k, v in before.items() if k not in content or k == "rows"}
+                self.content["earlier_environments"] = [*before.get("earlier_environments", []), before.get("environment")]
         self.write()
 
     def write(self) -> None:

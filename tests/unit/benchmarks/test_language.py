@@ -59,13 +59,13 @@ def test_a_part_is_expected_to_take_what_the_longest_of_its_kind_took(common: Mo
 
 def test_results_are_whole_after_every_part_and_rows_are_replaced(common: ModuleType, tmp_path: Path) -> None:
     path = tmp_path / "r.json"
-    sheet = common.Sheet(path, {"shape": [1, 2], "rows": []}, common.Budget(1))
+    sheet = common.Sheet(path, {"shape": [1, 2], "rows": [], "environment": "one"}, common.Budget(1))
     sheet.row(way="plain", rows=1, tokens_per_s=1.0)
     sheet.row(way="plain", rows=8, tokens_per_s=2.0)
     sheet.row(way="plain", rows=1, tokens_per_s=3.0)
     assert [(r["rows"], r["tokens_per_s"]) for r in json.loads(path.read_text())["rows"]] == [(8, 2.0), (1, 3.0)]
-    kept = common.Sheet(path, {"shape": (1, 2), "rows": []}, common.Budget(1), same=("shape",))
-    assert len(kept.content["rows"]) == 2
+    kept = common.Sheet(path, {"shape": (1, 2), "rows": [], "environment": "two"}, common.Budget(1), same=("shape",))
+    assert len(kept.content["rows"]) == 2 and kept.content["environment"] == "two" and kept.content["earlier_environments"] == ["one"]
     other = common.Sheet(path, {"shape": (3,), "rows": []}, common.Budget(1), same=("shape",))
     assert other.content["rows"] == []
 
