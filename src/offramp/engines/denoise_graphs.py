@@ -219,6 +219,8 @@ def _bring(memory: Memory, room: list[dict[str, Tensor]]) -> None:
         for name, tensor in place.items():
             if snapshot[name] is not tensor:
                 tensor.copy_(snapshot[name])
+    if room:
+        memory.snapshots = room[: len(memory.snapshots)]
 
 
 def _reads(cut: Cut, start: int, stop: int) -> tuple[str, ...]:
