@@ -168,6 +168,7 @@ def _attached(found: Decoder, exits: Sequence[int], specs: Sequence[LMHeadSpec])
         found.width,
         found.vocabulary,
         found.after_norm,
+        found.bounded,
         int(found.model.config.num_attention_heads),
         like,
     )

@@ -276,7 +276,10 @@ class Decoder:
 
     def head(self, normed: Tensor) -> Tensor:
         """Logits ``[..., V]`` of normed states."""
-        logits: Tensor = self._head(normed)
+        return self.bounded(self._head(normed))
+
+    def bounded(self, logits: Tensor) -> Tensor:
+        """What the model does to its output layer's answers, each by itself: scales or bounds them; for most, nothing."""
         config = self.model.config
         if getattr(config, "logit_scale", None):  # Cohere
             logits = logits * config.logit_scale

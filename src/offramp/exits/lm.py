@@ -34,6 +34,7 @@ class Ending:
         width: ``W``.
         vocabulary: ``V``.
         after: what the model does between its norm and its output layer; for most, nothing.
+        bounded: what it does to every logit behind its output layer: a scale or a bound; for most, nothing.
         attention_heads: of its blocks.
         block: ``(number, fresh) -> module (hidden, step) -> hidden``: a block like the numbered one, with weights of its own.
     """
@@ -45,6 +46,7 @@ class Ending:
     width: int
     vocabulary: int
     after: Callable[[Tensor], Tensor] = lambda normed: normed
+    bounded: Callable[[Tensor], Tensor] = lambda logits: logits
     attention_heads: int = 1
     block: Callable[[int, bool], nn.Module] = _no_block
 
@@ -177,4 +179,4 @@ class _Trimmed(LMHead):
         output: Any = self.ending[0].output
         normed = self.ending[0].norm(hidden)
         bias = output.bias[self.kept] if getattr(output, "bias", None) is not None else None
-        return nn.functional.linear(normed, output.weight[self.kept], bias)
+        return self.ending[0].bounded(nn.functional.linear(normed, output.weight[self.kept], bias))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from language_models import shared
 from offramp.core.errors import InvalidInput
 from offramp.engines.generate import generate
 from offramp.exits.lm import OwnNorm, Trimmed, frequent
@@ -39,6 +40,14 @@ def test_a_trimmed_exit_drafts_kept_tokens_and_the_text_stays_the_models(model):
     plain = generate(lm, prompts, max_new_tokens=12)
     verified = generate(lm, prompts, Verify(draft_length=3), max_new_tokens=12)
     assert verified.tokens == plain.tokens and sum(verified.drafted) > 0
+
+
+@pytest.mark.parametrize("family", ["cohere", "granite", "gemma2"])
+def test_kept_tokens_are_scaled_and_bounded_as_the_models_are(family):
+    made = shared(family)
+    states = torch.randn(1, 3, made.config.hidden_size)
+    full, logits = (attach_lm(made, [2], head).draft(states) for head in (None, Trimmed((1, 4, 9))))
+    torch.testing.assert_close(logits[..., [1, 4, 9]], full[..., [1, 4, 9]])
 
 
 def test_kept_tokens_must_be_different_ids_of_the_vocabulary(model):
