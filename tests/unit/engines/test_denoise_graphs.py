@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import math
+import random
 
 import pytest
 import torch
 from denoise_models import ToyHead, attached, dit, example, toy
-from test_denoise import PLANS, draw, trajectory
+from test_denoise import PLANS, TIMES, draw, trajectory
 from torch import Tensor, nn
 
 from offramp.backbones import cut
@@ -13,7 +14,18 @@ from offramp.core.errors import InvalidInput
 from offramp.diffusion import DenoisingNet
 from offramp.engines.denoise import Denoiser
 from offramp.engines.denoise_graphs import Captured
-from offramp.policies.denoising import INPUT, OUTPUT, Every, Guard, NoiseLevel, NoiseSchedule, Point, depth_schedule
+from offramp.policies.denoising import (
+    INPUT,
+    OUTPUT,
+    Every,
+    Guard,
+    InputChange,
+    NoiseLevel,
+    NoiseSchedule,
+    Point,
+    StateChange,
+    depth_schedule,
+)
 from offramp.policies.fills import CachedOutput, CachedResidual, Extrapolated, HeadOutput, Identity
 
 CPU = torch.device("cpu")
@@ -192,3 +204,41 @@ def test_strides_are_kept() -> None:
             state = made.begin(x[:rows])
             state = run(made, run(made, state, 1), 2)
             torch.testing.assert_close(made.end(state), made(x[:rows]))
+
+
+def random_plan(net: DenoisingNet, rng: random.Random) -> list[Point]:
+    """One to four points anywhere, overlapping as they happen to."""
+    points = []
+    for _ in range(rng.randint(1, 4)):
+        start = rng.randint(0, 5)
+        stop = rng.randint(start + 1, 6)
+        at, to = (INPUT if start == 0 else start - 1), (OUTPUT if stop == 6 else stop - 1)
+        bins = NoiseSchedule((-2.0, 0.0, 2.0), tuple(rng.random() < 0.5 for _ in range(4)))
+        signal, threshold = rng.choice([(bins, 0.5), (Every(rng.randint(1, 4)), 0.5), (StateChange(), -0.3), (InputChange(), -0.2)])
+        fills = [CachedOutput(), Extrapolated(rng.randint(1, 3))]
+        if start > 0 and stop < 6:
+            fills += [Identity(), CachedResidual(), Extrapolated(1, residual=True)]
+        guard = rng.choice([None, Guard(rng.choice([None, 1, 2]), rng.randint(0, 2), rng.random() < 0.5)])
+        points.append(Point(at, to, rng.choice(fills), signal, threshold, guard))
+    return points
+
+
+@pytest.mark.parametrize("seed", range(15))
+def test_any_plan_gives_the_same_in_every_way_of_running_it(net: DenoisingNet, seed: int) -> None:
+    plan = random_plan(net, random.Random(seed))
+    x, y = draw(4, seed)
+    runners = [Denoiser(net, plan, run=run) for run in (None, None, Captured(CPU, compiled=False))]
+    runners[0].straight = False
+    for shift in (0, 9):  # all rows at one noise level, and the last row ahead of the others now and then
+        answers = []
+        for runner in runners:
+            runner.reset(None if shift else torch.tensor(TIMES))
+            moved, each = x, []
+            for k, time in enumerate(TIMES):
+                each.append(runner(moved, torch.tensor([time, time, time, time - shift * (k % 3 == 1)]), y))
+                moved = 0.95 * moved + 0.02 * each[-1].clamp(-3, 3)
+            answers.append(torch.stack(each))
+        walk, *others = (r.report for r in runners)
+        for answer, report in zip(answers[1:], others, strict=True):
+            torch.testing.assert_close(answer, answers[0], atol=1e-4, rtol=1e-4)
+            assert torch.equal(report.depth, walk.depth) and torch.equal(report.flops, walk.flops) and report.reasons == walk.reasons
