@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from offramp.backbones.decoder import _seen_through
+from offramp.backbones.taps import first_tensor
 from offramp.core.errors import InvalidInput, UnsupportedModel
 from offramp.core.modes import evaluating
 
@@ -252,8 +253,8 @@ class ImageTokens:
         store = TokenStore()
         with torch.no_grad():
             with evaluating(self.model):
-                expected = first_tensor(self.model(**kwargs))
-            whole = first_tensor(self(store, None, kwargs))
+                expected = prediction(self.model(**kwargs))
+            whole = prediction(self(store, None, kwargs))
             rows, tokens = store.kept[-1].shape[:2]
             # Every other token, from the other end in every second row: what goes by a token's place in the list is found out.
             one = torch.arange(0, tokens, 2, device=whole.device)
@@ -261,7 +262,7 @@ class ImageTokens:
             for tensor in store.kept:  # what is not computed anew is missed
                 tensor.scatter_(1, active[..., None].expand(-1, -1, tensor.shape[2]), 0)
             try:
-                some = first_tensor(self(store, active, kwargs))
+                some = prediction(self(store, active, kwargs))
             except torch.OutOfMemoryError:
                 raise
             except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
@@ -283,11 +284,15 @@ class ImageTokens:
         return tokens
 
 
-def first_tensor(output: Any) -> Tensor:
-    """The prediction in what a denoiser returns: a tensor, or the first entry of a tuple, a mapping or an output class."""
-    if isinstance(output, Tensor):
-        return output
-    found: Tensor = next(iter(output.values())) if isinstance(output, Mapping) else output[0]
+def prediction(output: Any) -> Tensor:
+    """The prediction in what a denoiser returns: the first tensor of numbers.
+
+    Raises:
+        UnsupportedModel: there is none.
+    """
+    found = first_tensor(output)
+    if found is None:
+        raise UnsupportedModel(f"The model returned a {type(output).__name__} without a tensor of numbers; expected its prediction.")
     return found
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from offramp.backbones import diffusers as library
-from offramp.backbones.image_tokens import ImageTokens, TokenStore, first_tensor, take_rows
+from offramp.backbones.image_tokens import ImageTokens, TokenStore, prediction, take_rows
 from offramp.core.errors import InvalidInput, NoEffectWarning
 from offramp.core.flops import counter
 from offramp.core.noise import NoiseScale
@@ -103,6 +103,21 @@ class RegionDenoiser(Denoiser):
         """What ran since the last `reset`."""
         return Report.of(self._records, self._full, self.image_tokens.blocks, self._peak)
 
+    def token_cost(self) -> tuple[int, float]:
+        """Tokens of an image like the example's, and what one token less saves of a step, as a share of all its FLOPs."""
+        call = self.net.example_call()
+        with torch.no_grad():
+            form = self._form(call)
+            full, k = form.flops[form.tokens], max(form.tokens // 2, 1)
+            if k not in form.flops:
+                store = TokenStore()
+                self.image_tokens(store, None, call.kwargs)
+                some = self._index(list(range(k)), call).expand(call.rows, -1)
+                with counter() as counted:
+                    self.image_tokens(store, some, call.kwargs)
+                form.flops[k] = int(counted.get_total_flops()) // call.rows
+        return form.tokens, (full - form.flops[k]) / (full * max(form.tokens - k, 1))
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         with torch.no_grad():
             call = self.net.call(*args, **kwargs)
@@ -125,7 +140,7 @@ class RegionDenoiser(Denoiser):
             for k, rows in groups.items():
                 made = self._run(form, call, memory, k, rows, record)
                 output = made if len(groups) == 1 else _placed(output, made, self._index(rows, call), call.rows)
-            self._note(form, call, memory, first_tensor(output), log_snr)
+            self._note(form, call, memory, prediction(output), log_snr)
             self._records.append(record)
             self._peak = max(self._peak, self.trajectory.cache_bytes)
         if call.return_dict:
@@ -213,7 +228,7 @@ class RegionDenoiser(Denoiser):
                 kwargs = take_rows(kwargs, torch.arange(rows, device=sample.device), call.rows)
             tokens = self.image_tokens.check(kwargs)
             with counter() as counted:
-                output = first_tensor(self.image_tokens(TokenStore(), None, kwargs))
+                output = prediction(self.image_tokens(TokenStore(), None, kwargs))
             if output.shape[0] != rows or output.shape[2:] != sample.shape[2:]:
                 raise InvalidInput(
                     f"{type(self.net.model).__name__} gives {tuple(output.shape)} for {rows} images {tuple(sample.shape[1:])}: it takes no "

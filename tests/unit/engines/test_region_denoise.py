@@ -9,16 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from denoise_models import autoencoder, dit, pixart, schedulers, sd3, unet
+from denoise_models import autoencoder, dit, loud, pixart, schedulers, sd3, unet
 from torch import Tensor, nn
 
 from offramp.backbones import diffusers as library
-from offramp.backbones.image_tokens import ImageTokens, TokenStore, first_tensor
-from offramp.core.errors import InvalidInput, NoEffectWarning, UnsupportedModel
+from offramp.backbones.image_tokens import ImageTokens, TokenStore, prediction
+from offramp.core.errors import BudgetInfeasible, InvalidInput, NoEffectWarning, UnsupportedModel
 from offramp.core.flops import count_flops
 from offramp.core.noise import FlowMatching
 from offramp.diffusion import uncut_denoiser
 from offramp.engines.pipeline import sample
+from offramp.engines.region_budget import region_cost, regions_for_cost
 from offramp.engines.region_denoise import RegionDenoiser, attach_region_pipeline, attach_regions
 from offramp.reduce.regions import AtLevels, AtSteps, ChannelNorm, Regions
 
@@ -248,6 +249,31 @@ def test_the_tokens_are_those_of_highest_priority() -> None:
         waited, last = torch.where(active, 0, waited + 1), output.clone()
 
 
+def test_both_attentions_of_a_block_and_normed_queries() -> None:
+    """Stable Diffusion 3.5: a second attention over the image alone, and norms of queries and keys."""
+    from diffusers import SD3Transformer2DModel
+
+    config = {k: v for k, v in dict(sd3().config).items() if not k.startswith("_")}
+    model = loud(SD3Transformer2DModel(**{**config, "dual_attention_layers": (0, 1), "qk_norm": "rms_norm"}))
+    denoiser = of("sd3", model=model)
+    assert denoiser.image_tokens.places == 2 * (3 + 2) + 1
+    sample(denoiser, schedulers()[2](), images(2), steps=5, inputs=conditions("sd3", 2))
+    assert denoiser.report.reasons[0, "skipped"] == 6
+
+
+@families
+def test_bfloat16(family: str) -> None:
+    model = MODELS[family]().bfloat16()
+    given = {n: v.bfloat16() if isinstance(v, Tensor) and v.is_floating_point() else v for n, v in conditions(family, 2).items()}
+    example = {"hidden_states": images(2).bfloat16(), "timestep": torch.tensor([600, 600]), **given}
+    denoiser = attach_regions(model, Regions(first=100), noise=FlowMatching(), example=example)
+    plain = sample(model, schedulers()[2](), images(2).bfloat16(), steps=5, inputs=given, names=NAMES)
+    assert torch.equal(sample(denoiser, schedulers()[2](), images(2).bfloat16(), steps=5, inputs=given), plain)
+    denoiser.regions = LITTLE
+    found = sample(denoiser, schedulers()[2](), images(2).bfloat16(), steps=5, inputs=given)
+    assert found.dtype == torch.bfloat16 and found.isfinite().all() and denoiser.report.cost < 1
+
+
 class TestBranches:
     @torch.no_grad()
     def test_branches_in_calls_of_their_own_never_share_state(self) -> None:
@@ -413,6 +439,30 @@ class TestPipelines:
         assert set(denoiser.maps[0, 1][0].nonzero().flatten().tolist()) == set((-spread).topk(8).indices[0].tolist())
 
 
+class TestCost:
+    @pytest.mark.parametrize("change", [0.0, -0.5])
+    def test_what_is_foretold_is_what_runs(self, change: float) -> None:
+        denoiser = of("dit", observe=True)
+        flow = schedulers()[2]()
+        flow.set_timesteps(9)
+        levels = FlowMatching().log_snr(flow.timesteps).tolist()
+        for cost in (0.6, 0.75, 0.9, 1.0):
+            found = regions_for_cost(denoiser, dataclasses.replace(LITTLE, multiple=1, change=change, last=True), levels, cost)
+            denoiser.regions = found
+            sample(denoiser, schedulers()[2](), images(2), steps=9, inputs=conditions("dit", 2))
+            assert denoiser.report.cost == pytest.approx(region_cost(denoiser, found, levels), abs=1e-12)
+            more = dataclasses.replace(found, ratio=min(1.0, found.ratio + 1 / 16))
+            assert denoiser.report.cost <= cost < region_cost(denoiser, more, levels) or found.ratio == 1.0
+
+    def test_what_cannot_be_met_says_what_can(self) -> None:
+        denoiser = of("dit")
+        with pytest.raises(BudgetInfeasible, match="fewer steps dense") as caught:
+            regions_for_cost(denoiser, LITTLE, [-3.0, -1.0, 0.0, 1.0], 0.3)
+        assert 0.5 < caught.value.best < 1.0 and caught.value.requested == 0.3
+        with pytest.raises(InvalidInput, match="noise levels"):
+            region_cost(denoiser, LITTLE, [])
+
+
 class TestRefusals:
     @pytest.mark.parametrize("name", ["flux", "aura_flow", "sana", "transformer2d", "unet2d_condition"])
     def test_models_of_another_make_say_what_they_lack(self, name: str) -> None:
@@ -485,7 +535,7 @@ def test_a_step_of_some_tokens_is_one_graph() -> None:
     stores = [TokenStore(), TokenStore()]
     for store in stores:
         view(store, None, call)
-    eager = first_tensor(view(stores[0], active, call))
+    eager = prediction(view(stores[0], active, call))
     torch._dynamo.reset()
-    graph = torch.compile(lambda: first_tensor(view(stores[1], active, call)), backend="eager", fullgraph=True)
+    graph = torch.compile(lambda: prediction(view(stores[1], active, call)), backend="eager", fullgraph=True)
     assert torch.equal(graph(), eager)
