@@ -26,7 +26,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +43,14 @@ from offramp.core.modes import evaluating
 from offramp.core.noise import NoiseScale
 from offramp.core.parts import part_from_dict, part_to_dict
 from offramp.diffusion import DenoisingNet, attach_denoiser, uncut_denoiser
+from offramp.engines.denoise import Denoiser
 from offramp.engines.denoise_losses import depth_losses
 from offramp.engines.pipeline import sample
 from offramp.exits import PARTS as EXIT_PARTS
 from offramp.exits import DenoisingExit
 from offramp.measure.clock import environment
 from offramp.measure.image_quality import FeatureStatistics, fid
-from offramp.policies.denoising import OUTPUT
+from offramp.policies.denoising import OUTPUT, Point, depth_schedule
 from offramp.policies.fills import HeadOutput
 from offramp.train import (
     Averaged,
@@ -206,6 +207,18 @@ class Trained:
             net.heads.load_state_dict(tensors)
         return net.eval()
 
+    def plan(self) -> tuple[Point, ...]:
+        """What the model was trained to run by: the schedule of ``ee``, the groups of ``latte``; else nothing, all of it."""
+        if not hasattr(self.model, "transformer_blocks"):
+            return ()
+        before, *blocks = places(self.model)
+        if "depths" in self.about:
+            exits = [None if d == len(blocks) else blocks[d - 1] for d in self.about["depths"]]
+            return depth_schedule(self.about["edges"], exits)
+        if "groups" in self.about:
+            return layer_groups(before, blocks, self.about["groups"], self.about["edges"])
+        return ()
+
 
 def load_models(
     folder: str | Path, names: Sequence[str] | None = None, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
@@ -282,7 +295,8 @@ class Training:
         )  # fmt: skip
 
     def held_out(self, model: nn.Module, process: Process) -> list[dict[str, Tensor]]:
-        """Noisy test images, the same for every model."""
+        """Noisy test images at levels drawn evenly in time, the same for every model."""
+        process = replace(process, spread=None) if isinstance(process, RectifiedFlow) else process
         images, classes = self.images["test"]
         loader = noisy_loader(images, self.noising(model, process, train=False), min(200, len(images)), classes=classes, shuffle=False)
         with torch.random.fork_rng(devices=[]):
@@ -353,14 +367,13 @@ class Training:
         model.to(self.device)
         process = processes()[kind]
         net = uncut_denoiser(model, noise=process.noise, example=named(example(model), process))
-        view = ExitsView(net, [])
-        found = self.fit(name, view, Joint(FinalOnly()), process, seconds, args.rate)
-        found["held_out_loss"] = self.loss(view, process)
+        found = self.fit(name, ExitsView(net, []), Joint(FinalOnly()), process, seconds, args.rate)
+        found["held_out_loss"] = self.loss(ExitsView(net, []), process)
         self.finish(name, kind, model, **found)
 
     @torch.no_grad()
     def loss(self, view: DenoisingView, process: Process) -> float:
-        """Mean loss of the model's own answer on the test images."""
+        """Mean loss of the model's own answer on the test images. A new view is not compiled, which would take longer than this."""
         total, rows = 0.0, 0
         with evaluating(view):
             for batch in self.held_out(view.model, process):
@@ -429,17 +442,18 @@ class Training:
             self.finish("deediff", kind, None, **found, heads=True, losses=tables)
 
         def latte(limit: float) -> None:
-            view = PlanView(net, layer_groups(at[0], blocks, args.groups, quarters))
-            found = self.fit("latte", view, Joint(FinalOnly()), process, limit, args.rate / 2, edges=quarters)
-            self.finish("latte", kind, model, **found, held_out_loss=self.loss(view, process), edges=quarters, groups=args.groups)
+            plan = layer_groups(at[0], blocks, args.groups, quarters)
+            found = self.fit("latte", PlanView(net, plan), Joint(FinalOnly()), process, limit, args.rate / 2, edges=quarters)
+            loss = self.loss(PlanView(net, plan), process)
+            self.finish("latte", kind, model, **found, held_out_loss=loss, edges=quarters, groups=args.groups)
 
         def shallow(limit: float) -> None:
             small = transformer(args, self.size, self.classes, args.shallow).to(self.device)
             small.load_state_dict({n: v for n, v in begun.items() if n in small.state_dict()})
             own = uncut_denoiser(small, noise=process.noise, example=named(example(small), process))
-            view = ExitsView(own, [])
-            found = self.fit("shallow", view, Joint(FinalOnly()), process, limit, args.rate / 2)
-            self.finish("shallow", kind, small, **found, held_out_loss=self.loss(view, process), blocks=args.shallow)
+            found = self.fit("shallow", ExitsView(own, []), Joint(FinalOnly()), process, limit, args.rate / 2)
+            loss = self.loss(ExitsView(own, []), process)
+            self.finish("shallow", kind, small, **found, held_out_loss=loss, blocks=args.shallow)
 
         stages: dict[str, Callable[[float], None]] = {
             "ee": ee, "full": full, "uniform": uniform, "deediff": deediff, "latte": latte, "shallow": shallow,
@@ -459,12 +473,13 @@ class Training:
         features = None if args.features is None else load_features(args.features, device=self.device)
         real = None if features is None else FeatureStatistics.load(args.features, "trained-train")
         for name, trained in load_models(self.out, None, self.device).items():
-            if name in ("deediff", "latte"):  # the first has its start's images; the second runs under its plan alone
+            if trained.about.get("heads"):  # images are those of its start until exits are taken
                 continue
             begun = time.monotonic()
             made = self.samples(trained, args.samples if features is not None else 80)
             Image.fromarray(grid(made[:80])).save(self.out / f"{name}.png")
             found: dict[str, Any] = {"samples": len(made), "steps": args.sampler_steps, "guidance": args.guidance}
+            found["plan"] = bool(trained.plan())
             if features is not None and real is not None:
                 stats = FeatureStatistics.of((features(part) for part in made.split(1000)), features.network)
                 found |= {"fid": fid(real, stats), "reference": "training images, features of feature_net.py"}
@@ -474,8 +489,12 @@ class Training:
 
     @torch.no_grad()
     def samples(self, trained: Trained, count: int) -> Tensor:
-        """Images in [-1, 1], the same noise and classes for every model."""
+        """Images in [-1, 1], the same noise and classes for every model; a model with a plan runs by it."""
         args, out = self.args, []
+        plan = trained.plan()
+        # Under autocast the types of a cut's states would not be those it was made with.
+        runner: nn.Module = Denoiser(trained.attach(), plan) if plan else trained.model
+        half = self.precision == "bf16" and not plan
         for first in range(0, count, args.sample_batch):
             rows = min(args.sample_batch, count - first)
             g = torch.Generator().manual_seed(args.seed + 1 + first)
@@ -483,9 +502,9 @@ class Training:
             labels = (torch.arange(first, first + rows) % self.classes).to(self.device)
             inputs, without = {"class_labels": labels}, {"class_labels": torch.full_like(labels, self.classes)}
             guided = args.guidance != 1.0
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
                 made = sample(
-                    trained.model, trained.scheduler(), noise, steps=args.sampler_steps, inputs=inputs,
+                    runner, trained.scheduler(), noise, steps=args.sampler_steps, inputs=inputs,
                     unconditional=without if guided else None, guidance=args.guidance, names=(image_name(trained.model), "timestep"),
                 )  # fmt: skip
             out.append(made.float().clamp(-1, 1).cpu())
@@ -542,6 +561,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for name, value in trial.items():
             if getattr(args, name) == parser.get_default(name):
                 setattr(args, name, value)
+    torch.set_float32_matmul_precision("high")
     run = Training(args)
     waiting = [w for w in args.what if w == "variants" or (w in MODELS and w not in run.done["stages"])]
     for index, what in enumerate(waiting):
