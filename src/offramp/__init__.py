@@ -16,12 +16,18 @@ A causal language model takes the same verbs::
     writer = offramp.compile(lm, offramp.Verify(draft_length=4), tokenizer=tokenizer)
     written = writer.generate(prompts, max_new_tokens=100)
 
+So does a pipeline of diffusers::
+
+    fast = offramp.attach(DiTPipeline.from_pretrained(path), system=offramp.systems.build("deepcache"))
+    plan = offramp.calibrate(fast, offramp.MeanCost(0.6), calls=[{"class_labels": [1, 2, 3]}])
+    images = offramp.compile(fast, plan)(class_labels=[4, 5], num_inference_steps=50).images
+
 Verbs, the rules and targets most people need, and the engines' modes are here; every other part is in its folder: `offramp.exits`,
 `offramp.policies`, `offramp.budget`, `offramp.train`, `offramp.engines`, `offramp.measure`, `offramp.systems`.
 """
 
 from offramp import systems
-from offramp.budget import Latency, MeanCost, PeakCost, Risk, calibrate
+from offramp.budget import Latency, MeanCost, PeakCost, Risk
 from offramp.core.certificate import Plan
 from offramp.core.errors import OfframpError
 from offramp.core.trace import Trace
@@ -31,10 +37,10 @@ from offramp.engines.classify import Throughput as ThroughputMode
 from offramp.engines.draft_export import export_draft
 from offramp.engines.export import export_onnx
 from offramp.language import LanguageModel
-from offramp.network import MultiExit, load_plan
+from offramp.network import MultiExit
 from offramp.policies import Confidence, Entropy, Patience
 from offramp.policies.decoding import Accept, Plain, Verify
-from offramp.verbs import attach, compile, fit, load, record, report  # noqa: A004 - the verb, as in torch.compile
+from offramp.verbs import attach, calibrate, compile, fit, load, load_plan, record, report  # noqa: A004 - the verb, as in torch.compile
 
 __version__ = "0.1.0.dev0"
 

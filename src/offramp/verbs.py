@@ -15,19 +15,25 @@ from typing import Any, overload
 from torch import Tensor, nn
 
 from offramp import systems
+from offramp.budget import CostMethod, DriftLimit, MeanCost, Procedure, Target
+from offramp.budget import calibrate as calibrate_trace
 from offramp.budget.agreement import AcceptPlan
 from offramp.core.certificate import Plan
 from offramp.core.errors import ArtifactError, InvalidInput
-from offramp.core.protocols import HeadSpec
+from offramp.core.protocols import HeadSpec, Rule
 from offramp.core.system import System
 from offramp.core.trace import Trace
 from offramp.engines import classify
 from offramp.engines.classify import Runner
+from offramp.engines.denoise_calibrate import DenoisingPlan, calibrate_denoiser
+from offramp.engines.denoise_graphs import Captured
+from offramp.engines.diffusion_model import STEM, DiffusionModel, attach_diffusion, changed, check_model, is_pipeline, saved
 from offramp.engines.modes import Mode
 from offramp.engines.planner import SpeculationPlan
 from offramp.engines.record import record as record_trace
 from offramp.engines.text_generator import TextGenerator, text_generator
 from offramp.exits.cached import Adapter, Block
+from offramp.exits.denoising import DenoisingExit
 from offramp.exits.lm import LMHeadSpec, OwnNorm, OwnOutput, Shared, Trimmed, frequent
 from offramp.exits.placement import Placement
 from offramp.language import LanguageModel, attach_lm, load_lm
@@ -36,9 +42,11 @@ from offramp.measure.text_report import text_report
 from offramp.network import MultiExit, answer
 from offramp.network import attach as attach_network
 from offramp.network import load as load_network
+from offramp.network import load_plan as load_network_plan
 from offramp.policies.decoding import Way
 from offramp.train import FitResult, Recipe
 from offramp.train import fit as train_fit
+from offramp.train.denoising import PlanView, add_heads
 from offramp.train.text import packed, text_loader
 
 HEADS: Mapping[str, type] = {"shared": Shared, "norm": OwnNorm, "output": OwnOutput, "adapter": Adapter, "block": Block, "trimmed": Trimmed}
@@ -179,9 +187,104 @@ def _is_language(model: Any, options: Mapping[str, Any]) -> bool:
     return callable(ending) and ending() is not None
 
 
+# ---- diffusion -----------------------------------------------------------------------------------------------------------
+
+
+def _attach_diffusion(
+    model: Any,
+    *,
+    system: System,
+    scheduler: Any = None,
+    noise: Any = None,
+    example: Any = None,
+    heads: Mapping[str, nn.Module] | None = None,
+    timestep: str | None = None,
+) -> DiffusionModel:
+    made = attach_diffusion(model, system=system, scheduler=scheduler, noise=noise, example=example, heads=heads, timestep=timestep)
+    if isinstance(system.head, DenoisingExit) and heads is None:
+        add_heads(made.net, system.head, made.layout.blocks[:-1])
+    return made
+
+
+def _fit_diffusion(net: DiffusionModel, data: Any, recipe: Recipe | None = None, **training: Any) -> FitResult:
+    used = recipe if recipe is not None else net.system.recipe
+    if used is None:
+        raise InvalidInput(f"{net.system.card.name} trains nothing: calibrate it, or call it as it is. Or give a recipe.")
+    as_run = net.skips is not None and net.skips.as_run and recipe is None and getattr(net.skips, "depths", True)
+    return train_fit(PlanView(net.net, net.points) if as_run else net.net, data, used, **training)
+
+
+def _calibrate_diffusion(net: DiffusionModel, target: Any, **options: Any) -> DenoisingPlan:
+    return calibrate_denoiser(net, target, **options)
+
+
+def _compile_diffusion(
+    net: DiffusionModel, plan: DenoisingPlan | None = None, *, captured: bool | None = None, compiled: bool = False
+) -> Any:
+    """What runs a plan: a pipeline with the user's own call, or for a denoiser alone a `Denoiser`.
+
+    Args:
+        net: from `attach`.
+        plan: from `calibrate`; by default the published settings.
+        captured: run the segments as CUDA graphs; by default where the denoiser is on CUDA. Not for methods that compute fewer tokens.
+        compiled: also compile them, which takes minutes at the first call.
+
+    Raises:
+        FingerprintMismatch: the plan was made for another denoiser.
+        InvalidInput: the plan is not of a diffusion method.
+    """
+    if plan is not None and not isinstance(plan, DenoisingPlan):
+        raise InvalidInput(f"A diffusion method runs what calibrate() gave for it, or None for its published settings; got {plan!r}.")
+    if plan is not None:
+        plan.check(net)
+    wanted = net.net.device.type == "cuda" and net.system.reduction is None if captured is None else captured
+    run = Captured(net.net.device, compiled=compiled) if wanted or compiled else None
+    return net.view(run=run) if plan is None else net.view(plan.points, steps=plan.steps, run=run)
+
+
+def _load_diffusion(
+    model: Any,
+    folder: str | os.PathLike[str],
+    *,
+    scheduler: Any = None,
+    noise: Any = None,
+    example: Any = None,
+    timestep: str | None = None,
+) -> DiffusionModel:
+    name, fields, tensors = saved(folder)
+    check_model(model, fields, folder)
+    system = changed(systems.build(name), fields)
+    made = _attach_diffusion(model, system=system, scheduler=scheduler, noise=noise, example=example, timestep=timestep)
+    try:
+        made.net.heads.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise ArtifactError(f"The weights in {folder} do not fit their heads: {error}.") from error
+    return made
+
+
+def _is_diffusion(model: Any, options: Mapping[str, Any]) -> bool:
+    """Whether it is a pipeline, or a denoiser of which the noise levels are told."""
+    system = options.get("system")
+    return is_pipeline(model) or (isinstance(system, System) and system.card.engine == "denoise")
+
+
 # ---- the kinds -----------------------------------------------------------------------------------------------------------
 
 KINDS: tuple[Kind, ...] = (
+    Kind(
+        "a diffusion model",
+        DiffusionModel,
+        _is_diffusion,
+        {
+            "attach": _attach_diffusion,
+            "fit": _fit_diffusion,
+            "calibrate": _calibrate_diffusion,
+            "compile": _compile_diffusion,
+            "load": _load_diffusion,
+        },
+        {"fit": train_fit, "calibrate": calibrate_denoiser},
+        STEM,
+    ),
     Kind(
         "a language model",
         LanguageModel,
@@ -261,20 +364,22 @@ def attach(
 ) -> LanguageModel: ...
 
 
-def attach(model: nn.Module, at: Any = None, **options: Any) -> Any:
+def attach(model: Any, at: Any = None, **options: Any) -> Any:
     """Attach exits to a model. The model is not changed.
 
-    A causal language model of transformers (or any with ``exits=``) becomes a `LanguageModel`, which writes texts; every other model, and a
-    language model with ``at=`` or ``example=``, a `MultiExit`, which answers batches.
+    A causal language model of transformers (or any with ``exits=``) becomes a `LanguageModel`, which writes texts; a pipeline with a
+    denoiser and a scheduler, or a denoiser with a diffusion method, a `DiffusionModel`, which is called as the pipeline is; every other
+    model, and a language model with ``at=`` or ``example=``, a `MultiExit`, which answers batches.
 
     Args:
-        model: any PyTorch module.
+        model: any PyTorch module, or a pipeline of diffusers.
         at: where exits go, of a network that is cut into segments: see `offramp.network.attach`, whose further options are ``example``
             (needed), ``head``, ``system``, ``select`` and ``num_outputs``.
         options: of that, or for a language model: ``exits``, after how many blocks each exit reads (an eighth of them by default);
             ``head``, a part of `offramp.exits` or one of the words ``"shared"``, ``"norm"``, ``"output"``, ``"adapter"``, ``"block"``,
             ``"trimmed"``, one for all or one each; ``kept``, ``texts`` and ``tokenizer`` for ``"trimmed"``: ids to keep, or texts to count
-            in and how many to keep; ``system``, a published method.
+            in and how many to keep; ``system``, a published method. For a pipeline or a denoiser: ``system`` (needed), and see
+            `offramp.engines.diffusion_model.attach_diffusion` for ``scheduler``, ``noise``, ``example``, ``heads`` and ``timestep``.
 
     Returns:
         The network with exits, on the model's device.
@@ -293,7 +398,12 @@ def attach(model: nn.Module, at: Any = None, **options: Any) -> Any:
     given = {**options, "at": at} if at is not None else options
     kind = next((k for k in KINDS if k.recognises(model, given)), None)
     if kind is None:
-        raise InvalidInput(f"attach takes a torch.nn.Module; got {type(model).__name__}.")
+        raise InvalidInput(
+            f"attach takes a torch.nn.Module; got {type(model).__name__}. A pipeline is recognised by its scheduler and its transformer or "
+            "unet."
+        )
+    if kind.made is DiffusionModel and not isinstance(options.get("system"), System):
+        raise InvalidInput('A pipeline takes a diffusion method: attach(pipe, system=offramp.systems.build("deepcache")).')
     if kind.made is MultiExit and "example" not in options:
         raise InvalidInput(
             f"A {type(model).__name__} is cut into segments by running it once: give example=..., inputs as it takes them. A causal "
@@ -338,6 +448,41 @@ def record(net: MultiExit, loader: Iterable[Any], **options: Any) -> Trace:
 
 
 @overload
+def calibrate(trace: Trace, rule: Rule, target: Target, *, method: CostMethod | Procedure | None = None, level: float = 0.95) -> Plan: ...
+
+
+@overload
+def calibrate(trace: DiffusionModel, target: MeanCost | DriftLimit, **options: Any) -> DenoisingPlan: ...
+
+
+def calibrate(trace: Any, *arguments: Any, **options: Any) -> Any:
+    """Choose what meets a target: thresholds from a recorded trace, or what a diffusion method skips.
+
+    Args:
+        trace: what `record` gave; or a `DiffusionModel`.
+        arguments: the rule and the target; for a diffusion method the target, `MeanCost` or `offramp.budget.DriftLimit`. They may be named.
+        options: of a trace ``method`` and ``level``, see `offramp.budget.calibrate`; of a diffusion method ``calls`` of the pipeline or
+            ``noise``, ``steps``, ``data``, ..., see `offramp.engines.denoise_calibrate.calibrate_denoiser`.
+
+    Returns:
+        A `Plan` or a `DenoisingPlan`, with requested and realised values; `compile` makes what runs it.
+
+    Raises:
+        BudgetInfeasible: no setting meets the target; carries the best achievable value.
+        NotReplayable: a trace cannot stand for a run; says why.
+        InvalidInput: an argument does not fit.
+
+    Warns:
+        NoEffectWarning: the plan changes nothing.
+    """
+    if isinstance(trace, DiffusionModel):
+        return _call(_kind_of(trace, "calibrate"), "calibrate", trace, *arguments, **options)
+    if isinstance(trace, Trace):
+        return calibrate_trace(trace, *arguments, **options)
+    raise InvalidInput(f"calibrate takes a trace that record() gave, or a DiffusionModel that attach() gave; got {type(trace).__name__}.")
+
+
+@overload
 def compile(net: MultiExit, plan: Plan, mode: Mode | None = None, **options: Any) -> Runner: ...  # noqa: A001
 
 
@@ -347,19 +492,26 @@ def compile(  # noqa: A001
 ) -> TextGenerator: ...
 
 
+@overload
+def compile(net: DiffusionModel, plan: DenoisingPlan | None = None, **options: Any) -> Any: ...  # noqa: A001
+
+
 def compile(net: Any, plan: Any = None, *rest: Any, **options: Any) -> Any:  # noqa: A001 - the verb, as in torch.compile
     """Make the engine that runs a plan.
 
     Args:
         net: from `attach` or `load`.
         plan: what `calibrate` gave. For a language model a way of decoding (`Plain`, `Verify`, `Accept`, ...), what a planner chose, a
-            published method, or ``None``: drafts that are verified, planned here from ``texts=``.
+            published method, or ``None``: drafts that are verified, planned here from ``texts=``. For a diffusion model ``None`` runs
+            the published settings.
         rest: the mode, of a network cut into segments: `LatencyMode` (default), `ThroughputMode` or `QuotaMode`.
         options: see `offramp.engines.classify.compile`, and `offramp.engines.text_generator.text_generator` for language models
-            (``texts``, ``tokenizer``, ``rows``, ``sampling``, ``margin``, ``captured``, ...).
+            (``texts``, ``tokenizer``, ``rows``, ``sampling``, ``margin``, ``captured``, ...). For a diffusion model ``captured`` (CUDA
+            graphs; by default on CUDA) and ``compiled``.
 
     Returns:
-        A `Runner`, to be called on batches; for a language model a `TextGenerator` with ``generate(prompts, ...)``.
+        A `Runner`, to be called on batches; for a language model a `TextGenerator` with ``generate(prompts, ...)``; for a pipeline a
+        pipeline of its own class and call, and for a denoiser alone one that is called as it is.
 
     Raises:
         InvalidInput: the plan is for another kind of network or for other exits.
@@ -385,16 +537,17 @@ def load(
 
 
 @overload
-def load(model: nn.Module, folder: str | os.PathLike[str]) -> LanguageModel: ...
+def load(model: Any, folder: str | os.PathLike[str]) -> LanguageModel: ...
 
 
-def load(model: nn.Module, folder: str | os.PathLike[str], **options: Any) -> Any:
+def load(model: Any, folder: str | os.PathLike[str], **options: Any) -> Any:
     """Attach saved exits to the model they were trained on. What they are is told from the folder.
 
     Args:
         model: with the weights it had when the exits were saved.
-        folder: what ``save`` of a `MultiExit` or a `LanguageModel` wrote.
-        options: ``example`` (needed), ``select`` and ``system`` for a `MultiExit`; a `LanguageModel` takes none.
+        folder: what ``save`` of a `MultiExit`, a `LanguageModel` or a `DiffusionModel` wrote.
+        options: ``example`` (needed), ``select`` and ``system`` for a `MultiExit`; a `LanguageModel` takes none; a denoiser alone takes
+            ``scheduler`` or ``noise``, as for `attach`.
 
     Raises:
         FingerprintMismatch: the model has other weights.
@@ -409,6 +562,15 @@ def load(model: nn.Module, folder: str | os.PathLike[str], **options: Any) -> An
             f"{folder} holds exits of a network that is cut into segments: give example=..., inputs as the model takes them."
         )
     return _call(found[0], "load", model, folder, **options)
+
+
+def load_plan(folder: str | os.PathLike[str]) -> Plan | DenoisingPlan:
+    """Read a plan that was saved, for `compile`: of a network cut into segments, or of a diffusion method.
+
+    Raises:
+        ArtifactError: there is none, or a file is truncated, altered or foreign.
+    """
+    return DenoisingPlan.load(folder) if (Path(folder) / "denoising_plan.json").is_file() else load_network_plan(folder)
 
 
 def report(path: str | os.PathLike[str], **about: Any) -> Path:

@@ -1,7 +1,7 @@
 """One row per system: a tiny backbone, inputs for it and arguments of the builder. Nothing else is needed to test a system.
 
 Rows of language models have prompts as inputs, and Llamas of eight blocks with random weights: drafts are bad, which losslessness must not
-mind.
+mind. Rows of denoisers have noise and class labels as inputs, for a diffusion transformer of four blocks with loud random weights.
 """
 
 from __future__ import annotations
@@ -88,6 +88,34 @@ def prompts(rows: int, seed: int) -> Any:
     return [torch.randint(0, VOCABULARY, (n,), generator=generator).tolist() for n in lengths]
 
 
+def dit() -> nn.Module:
+    """Diffusion transformer of four blocks, each of which changes the state by much."""
+    from diffusers import DiTTransformer2DModel
+
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+    model = DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=4, num_layers=4, sample_size=8, patch_size=2,
+        num_embeds_ada_norm=10, norm_num_groups=4,
+    ).eval()  # fmt: skip
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return model
+
+
+def noises(rows: int, seed: int) -> Any:
+    """Noise ``[rows, 4, 8, 8]`` and the denoiser's other inputs."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, 10, (rows,), generator=generator)
+    return {"noise": torch.randn(rows, 4, 8, 8, generator=generator), "inputs": {"class_labels": labels}}
+
+
+def _images(system: str, **kwargs: Any) -> Case:
+    return Case(system, dit, noises, 4, kwargs)
+
+
 def _text(system: str, **kwargs: Any) -> Case:
     return Case(system, llama, prompts, VOCABULARY, kwargs)
 
@@ -107,4 +135,14 @@ CASES: tuple[Case, ...] = (
     _text("self-supervised-early-exits"),
     _text("skipdecode", blocks=BLOCKS, length=24),
     _text("sorted-llama"),
+    _images("deediff", theta=0.5),
+    _images("deepcache", interval=2),
+    _images("ee-diffusion"),
+    _images("few-steps", share=0.6),
+    _images("first-block-cache", change=0.4),
+    _images("latte-flow", groups=2),
+    _images("random-skip"),
+    _images("ras", ratio=0.5, first=1, resets=(3,), multiple=1),
+    _images("shallow"),
+    _images("static-schedule"),
 )

@@ -215,7 +215,7 @@ def test_what_was_saved_is_told_from_the_folder(model, net, plain, tmp_path):
     assert type(offramp.load(plain, tmp_path / "net", example=torch.randn(2, 8))) is MultiExit
     with pytest.raises(InvalidInput, match=r"give example="):
         offramp.load(plain, tmp_path / "net")
-    with pytest.raises(InvalidInput, match=r"takes no example\. It belongs to a network cut"):
+    with pytest.raises(InvalidInput, match=r"takes no example\. It belongs to a diffusion model or a network cut"):
         offramp.load(model, tmp_path / "lm", example=torch.randn(2, 8))
     with pytest.raises(ArtifactError, match=r"no saved exits"):
         offramp.load(model, tmp_path)

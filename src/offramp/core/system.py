@@ -40,6 +40,12 @@ class Predicate:
     of the tokens that no cache writes there too), ``gain_over_fixed`` (agreement minus that of a refresh at fixed intervals, or mix of two,
     at equal cost).
 
+    What denoisers are measured by, at each cost asked for: ``cost`` (executed FLOPs of whole images over those of the full model with all
+    steps; the budget), ``fid_ratio`` (FID over the full model's), ``gain_over_steps``, ``gain_over_schedule``, ``gain_over_random``,
+    ``gain_over_shallow`` (FID of fewer steps, of the best schedule by noise level, of random skips, of a constant depth, minus ours, over
+    the full model's FID, at equal cost), ``explained`` (R squared of the exit depth on the step alone), ``excess`` (realised minus
+    requested cost).
+
     Attributes:
         metric: what is compared, by its name above.
         relation: how.
@@ -132,7 +138,8 @@ class System:
     """A composition. Every field is a part; ``None`` means the method does not have one.
 
     A language-model system drafts (``draft``), or lets tokens leave (``rule``, ``threshold``, ``fill``), or runs a schedule (``fill``);
-    `offramp.systems.way` makes of it the one way of decoding that engines carry out.
+    `offramp.systems.way` makes of it the one way of decoding that engines carry out. A diffusion system skips (``skips``): from there come
+    the decision points of its plan, once it is known where a denoiser has places and how its noise is scaled.
 
     Attributes:
         card: what it is.
@@ -150,6 +157,7 @@ class System:
             missing.
         threshold: least score to leave with where it is set and not chosen from data: a number, one for each exit, or one that moves
             (`Decaying`, `Adapting` of ``policies.decoding``). What a calibrator chooses takes the place of a number and of what decays.
+        skips: of a diffusion system, what part of a denoiser is skipped, when, and what stands for it: a part of ``policies.skips``.
     """
 
     card: Card
@@ -163,3 +171,4 @@ class System:
     draft: Draft | None = None
     fill: Any = None
     threshold: Any = None
+    skips: Any = None

@@ -207,7 +207,7 @@ def reuse_losses(
             f"reuse_losses is for fills that remember one step, CachedOutput() or CachedResidual(); {type(point.fill).__name__} "
             f"remembers {point.fill.keeps}."
         )
-    follower = _Follower(net, point, max_gap)
+    follower = Follower(net, point, max_gap)
     names = (net.sample_name, net.timestep_name)
     with evaluating(net):
         sample(
@@ -227,7 +227,7 @@ def _first_channels(output: Any, channels: int) -> Tensor:
     return found[:, :channels]
 
 
-class _Follower(nn.Module):
+class Follower(nn.Module):
     """Called by the sampler as the model: gives the full answer and notes what older results would have given."""
 
     def __init__(self, net: DenoisingNet, point: Point, max_gap: int) -> None:
@@ -264,4 +264,4 @@ class _Follower(nn.Module):
         return full
 
 
-__all__ = ["DepthLosses", "ReuseLosses", "depth_losses", "reuse_losses"]
+__all__ = ["DepthLosses", "Follower", "ReuseLosses", "depth_losses", "reuse_losses"]

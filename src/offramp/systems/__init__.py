@@ -32,6 +32,7 @@ AXES: dict[str, str] = {
     "draft": "what proposes tokens",
     "fill": "what stands in for a skipped segment",
     "threshold": "the score to leave with",
+    "skips": "what part of a denoiser is skipped, when, and what stands for it",
 }
 """The axes along which systems differ, in the order they are shown."""
 
