@@ -327,19 +327,28 @@ class TestMemory:
 
     @torch.no_grad()
     def test_rows_at_different_steps_go_their_own_ways(self) -> None:
-        """Row 1 begins anew while row 0 goes on: dense and partial rows in one call."""
+        """The last row begins anew while the others go on: dense and partial rows in one call."""
         model = dit()
-        denoiser, alone = of("dit", model=model, observe=True), [of("dit", model=model) for _ in range(2)]
-        times = [(700, 300), (600, 200), (500, 900), (400, 800), (300, 700), (200, 600)]
-        labels = torch.tensor([3, 4])
-        for step, pair in enumerate(times):
-            image = torch.randn(2, 4, 8, 8)
-            found = denoiser(hidden_states=image, timestep=torch.tensor(pair), class_labels=labels).sample
-            for row in range(2):
-                call = {"hidden_states": image[row : row + 1], "class_labels": labels[row : row + 1], "timestep": torch.tensor(pair[row])}
+        denoiser, alone = of("dit", model=model, observe=True), [of("dit", model=model) for _ in range(3)]
+        times = [(700, 300), (600, 200), (500, 900), (400, 800), (300, 700), (200, 600), (100, 500)]
+        labels = torch.tensor([3, 4, 5])
+        for step, (going, anew) in enumerate(times):
+            image, time = torch.randn(3, 4, 8, 8), torch.tensor([going, going, anew])
+            found = denoiser(hidden_states=image, timestep=time, class_labels=labels).sample
+            for row in range(3):
+                call = {"hidden_states": image[row : row + 1], "class_labels": labels[row : row + 1], "timestep": time[row]}
                 torch.testing.assert_close(found[row : row + 1], alone[row](**call).sample, rtol=0, atol=1e-5)
             counts = denoiser.maps[0, step].sum(1).tolist()
-            assert counts == [[16, 16], [16, 16], [8, 16], [8, 16], [8, 8], [16, 8]][step]
+            assert counts == [[16] * 3, [16] * 3, [8, 8, 16], [8, 8, 16], [8] * 3, [16, 16, 8], [8] * 3][step]
+
+    def test_resets_by_noise_level_come_once(self) -> None:
+        denoiser = of("dit", dataclasses.replace(LITTLE, resets=AtLevels((-0.5, 1.0))))
+        for steps in (8, 13):
+            sample(denoiser, schedulers()[2](), images(2), steps=steps, inputs=conditions("dit", 2))
+            assert denoiser.report.reasons == {(0, "first"): 4, (0, "reset"): 4, (0, "skipped"): 2 * (steps - 4)}
+            dense = (denoiser.report.fired[0] < 0).nonzero().flatten().tolist()[2:]
+            levels = denoiser.report.log_snr[0].tolist()
+            assert all(levels[s - 1] < x <= levels[s] for s, x in zip(dense, (-0.5, 1.0), strict=True))
 
     @torch.no_grad()
     def test_what_is_not_finite_is_computed_again(self) -> None:
@@ -362,20 +371,24 @@ class TestMemory:
 
     @torch.no_grad()
     def test_what_is_returned_is_the_callers(self) -> None:
-        """Writing into an output changes nothing later, and a later step does not change an output."""
-        model = dit()
-        one, other = of("dit", model=model), of("dit", model=model)
+        """Writing into an output changes nothing later, and a later step does not change an output, not even where tokens are pixels."""
+        from diffusers import DiTTransformer2DModel
+
+        config = {k: v for k, v in dict(dit().config).items() if not k.startswith("_")}
+        model = loud(DiTTransformer2DModel(**{**config, "patch_size": 1, "sample_size": 4}))
+        example = {"hidden_states": images(1, 4, 4), "timestep": torch.tensor([600]), "class_labels": torch.tensor([3])}
+        one, other = (attach_regions(model, LITTLE, noise=FlowMatching(), example=example) for _ in range(2))
         for time in (900, 800, 700, 600):
-            image = torch.randn(1, 4, 8, 8)
-            call = {"hidden_states": image, "timestep": torch.tensor(time), "class_labels": torch.tensor([3])}
+            call = {"hidden_states": torch.randn(1, 4, 4, 4), "timestep": torch.tensor(time), "class_labels": torch.tensor([3])}
             kept = one(**call).sample
             copied = kept.clone()
             given = other(**call).sample
             assert torch.equal(given, copied)
             given.fill_(7.0)
             one(**{**call, "timestep": torch.tensor(time - 50)})
-            other(**{**call, "timestep": torch.tensor(time - 50)})
+            other(**{**call, "timestep": torch.tensor(time - 50)}).sample.fill_(7.0)
             assert torch.equal(kept, copied)
+        assert one.report.reasons[0, "skipped"] == 5
 
     def test_shapes_and_inference_mode_may_change(self) -> None:
         denoiser = of("dit")
