@@ -23,6 +23,7 @@ into a folder and put that on PYTHONPATH.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -46,8 +47,7 @@ from offramp.diffusion import DenoisingNet, attach_denoiser, uncut_denoiser
 from offramp.engines.denoise import Denoiser
 from offramp.engines.denoise_losses import depth_losses
 from offramp.engines.pipeline import sample
-from offramp.exits import PARTS as EXIT_PARTS
-from offramp.exits import DenoisingExit
+from offramp.exits import DENOISING_PARTS, DenoisingExit
 from offramp.measure.clock import environment
 from offramp.measure.image_quality import FeatureStatistics, fid
 from offramp.policies.denoising import OUTPUT, Point, depth_schedule
@@ -203,7 +203,7 @@ class Trained:
         net = attach_denoiser(self.model, places(self.model) if at is None else at, noise=self.noise, example=inputs)
         if self.about.get("heads"):
             content, tensors = load_bundle(self.folder / "deediff", "heads", _HEADS)
-            add_heads(net, part_from_dict(content["spec"], EXIT_PARTS), content["at"])
+            add_heads(net, part_from_dict(content["spec"], DENOISING_PARTS), content["at"])
             net.heads.load_state_dict(tensors)
         return net.eval()
 
@@ -294,14 +294,14 @@ class Training:
             flip=train and self.args.data is not None, edges=tuple(edges),
         )  # fmt: skip
 
-    def held_out(self, model: nn.Module, process: Process) -> list[dict[str, Tensor]]:
-        """Noisy test images at levels drawn evenly in time, the same for every model."""
+    def held_out(self, model: nn.Module, process: Process, passes: int = 1) -> list[dict[str, Tensor]]:
+        """Noisy test images at levels drawn evenly in time, the same for every model; other noise in every pass over the images."""
         process = replace(process, spread=None) if isinstance(process, RectifiedFlow) else process
         images, classes = self.images["test"]
         loader = noisy_loader(images, self.noising(model, process, train=False), min(200, len(images)), classes=classes, shuffle=False)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(1)
-            return list(loader)
+            return [batch for _ in range(passes) for batch in loader]
 
     def fit(
         self, name: str, view: DenoisingView, recipe: Recipe, process: Process, seconds: float, rate: float, steps: int | None = None,
@@ -349,11 +349,9 @@ class Training:
         if model is None:
             weights = self.args.start
         else:
-            kept = {n: v.detach().clone() for n, v in model.state_dict().items()}
-            saved: Any = model.to(torch.bfloat16) if self.args.half else model
+            saved: Any = copy.deepcopy(model).to(torch.bfloat16) if self.args.half else model
             saved.save_pretrained(self.out / name, max_shard_size=self.args.shard)
             scheduler_for(kind).save_pretrained(self.out / name)
-            model.float().load_state_dict(kept)
         about = {"process": kind, "weights": weights, "class": type(model).__name__ if model is not None else "DiTTransformer2DModel"}
         self.done["stages"][name] = {**about, **found}
         write_json(self.sheet, self.done)
@@ -385,7 +383,7 @@ class Training:
 
     def tables(self, net: DenoisingNet, process: Process, edges: Sequence[float], **how: Any) -> dict[str, Any]:
         """Loss and drift of every exit by noise level, on the test images."""
-        batches = self.held_out(net.model, process) * (4 if self.args.tiny else 2)
+        batches = self.held_out(net.model, process, passes=4 if self.args.tiny else 2)
         found = depth_losses(net, batches, edges, **how)
         return {
             "edges": list(found.edges), "places": list(found.places), "loss": found.loss.tolist(), "drift": found.drift.tolist(),

@@ -2,7 +2,7 @@
 
 from offramp.exits.attention import AttentionHead
 from offramp.exits.conv import ConvLocal, ConvPoolLinear
-from offramp.exits.denoising import DenoisingExit
+from offramp.exits.denoising import DENOISING_PARTS, DenoisingExit
 from offramp.exits.linear import MLP, PooledLinear
 from offramp.exits.placement import AfterBlocks, Evenly, EveryBlock, Fractions
 from offramp.exits.pool import AutoPool, MeanPool, TokenPool
@@ -14,10 +14,9 @@ PARTS: dict[str, type] = {
     for c in (
         *(AutoPool, MeanPool, TokenPool),
         *(PooledLinear, MLP, MixedPool, Pooler, ConvPoolLinear, ConvLocal, AttentionHead, Cascade, GeometricEnsemble),
-        DenoisingExit,
         *(AfterBlocks, Evenly, EveryBlock, Fractions),
     )
 }
 """Every part of this folder by name: what a saved file may name."""
 
-__all__ = [*PARTS, "PARTS", "tie"]
+__all__ = [*PARTS, "DENOISING_PARTS", "PARTS", "DenoisingExit", "tie"]

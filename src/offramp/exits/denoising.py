@@ -55,7 +55,11 @@ class DenoisingExit:
         Raises:
             InvalidInput: the output cannot be made of patches of the state.
         """
-        return DenoisingHead(self, tuple(hidden_shape), tuple(output_shape))
+        if not isinstance(output_shape, tuple):
+            raise InvalidInput(
+                "DenoisingExit is an exit of a denoiser: attach_denoiser(...), then offramp.train.add_heads(net, DenoisingExit())."
+            )
+        return DenoisingHead(self, tuple(hidden_shape), output_shape)
 
 
 class DenoisingHead(nn.Module):
@@ -152,4 +156,7 @@ def _patch(tokens: int, hidden: tuple[int, ...], output: tuple[int, ...]) -> tup
     )
 
 
-__all__ = ["LEVEL_FEATURES", "DenoisingExit", "DenoisingHead", "level_features"]
+DENOISING_PARTS: dict[str, type] = {"DenoisingExit": DenoisingExit}
+"""Exits of denoisers by name: what a saved file may name. They are sized to an image and not to a number of classes, hence a table apart."""
+
+__all__ = ["DENOISING_PARTS", "LEVEL_FEATURES", "DenoisingExit", "DenoisingHead", "level_features"]

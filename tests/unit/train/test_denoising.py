@@ -18,6 +18,7 @@ from offramp.core.parts import part_from_dict, part_to_dict
 from offramp.diffusion import DenoisingNet, attach_denoiser
 from offramp.engines.denoise import Denoiser
 from offramp.exits import DenoisingExit
+from offramp.network import attach
 from offramp.policies.denoising import OUTPUT, Every, NoiseLevel, NoiseSchedule, Point, StateChange, depth_schedule
 from offramp.policies.fills import CachedOutput, HeadOutput, Identity
 from offramp.train import (
@@ -261,6 +262,8 @@ def test_the_uncertainty_is_one_linear_map_of_state_and_level() -> None:
     assert head.output is None
     with pytest.raises(InvalidInput, match="square patch"):
         DenoisingExit().build((7, 5), (3, 7, 2))
+    with pytest.raises(InvalidInput, match="attach_denoiser"):
+        attach(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), at=["0"], example=torch.randn(2, 4), head=DenoisingExit())  # type: ignore[arg-type]
     with pytest.raises(InvalidInput, match="was given"):
         head.uncertainty(torch.randn(4, 6, 7), level)
 
