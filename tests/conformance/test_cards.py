@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from offramp import systems
-from offramp.cli import reproduce, reproduce_text, reproduce_unmask
+from offramp.cli import reproduce, reproduce_images, reproduce_text, reproduce_unmask
 from offramp.core.parts import part_to_dict
 from offramp.core.system import Card, System
 from offramp.network import attach
@@ -22,12 +22,15 @@ from cases import CASES, Case
 
 NAMES = systems.list_systems()
 CONFIGS = Path(__file__).resolve().parents[2] / "benchmarks" / "configs"
-CLASSIFY, GENERATE, UNMASK = ([n for n in NAMES if systems.load_card(n).engine == engine] for engine in ("classify", "generate", "unmask"))
+CLASSIFY, GENERATE, UNMASK, DENOISE = (
+    [n for n in NAMES if systems.load_card(n).engine == engine] for engine in ("classify", "generate", "unmask", "denoise")
+)
 METRICS = {
     "classify": {"accuracy", "drop", "gain_over_fixed", "gain_over_random", "gain_over_static", "excess"},
     "generate": {"agreement", "perplexity_ratio", "acceptance", "tokens_per_round", "blocks_share", "speedup", "gain_over_fixed",
                  "gain_over_static", "excess"},
     "unmask": {"agreement", "gain_over_fixed"},
+    "denoise": {"fid_ratio", "gain_over_steps", "gain_over_schedule", "gain_over_random", "gain_over_shallow", "explained", "excess"},
 }  # fmt: skip
 AXIS_OF = {
     "rule": "rule",
@@ -39,6 +42,7 @@ AXIS_OF = {
     "fill": "fill",
     "draft": "draft",
     "threshold": "threshold",
+    "skips": "skips",
 }
 """What cards call an axis, and the field of a system it is."""
 
@@ -154,6 +158,18 @@ def test_reproduction_of_masks_filled_in(name: str) -> None:
         assert len(settings.seeds) >= 3 and len(settings.intervals) >= 5, "the control"
         for key, values in settings.sweep.items():
             assert all(systems.build(name, **{**settings.system, key: value}).card.name == name for value in values)
+
+
+@pytest.mark.parametrize("name", DENOISE)
+def test_reproduction_of_images(name: str) -> None:
+    path = CONFIGS / f"{name}.toml"
+    assert set(reproduce_images.variants(path)) == {"tiny", "cifar"}
+    for variant in reproduce_images.variants(path):
+        settings = reproduce_images.load_settings(path, variant)
+        assert len(settings.seeds) >= 3 and settings.budgets == (0.75, 0.6, 0.5)
+        predicate = systems.load_card(name).predicate
+        assert predicate is not None and (predicate.budget is None or predicate.budget in settings.budgets)
+        assert systems.build(name, **settings.system).card.name == name
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.system in CLASSIFY], ids=lambda c: c.system)

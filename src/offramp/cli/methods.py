@@ -11,7 +11,7 @@ import typer
 
 from offramp import systems
 from offramp.cli import reproduce as reproducing
-from offramp.cli import reproduce_text, reproduce_unmask
+from offramp.cli import reproduce_images, reproduce_text, reproduce_unmask
 from offramp.cli.base import (
     METHODS,
     app,
@@ -96,8 +96,8 @@ def reproduce(
     variant: Annotated[
         str | None,
         typer.Option(
-            help="A table of benchmarks/configs/NAME.toml. By default digits, which runs in a minute, or tiny for a language model, which "
-            "takes some and needs --data; so do all others."
+            help="A table of benchmarks/configs/NAME.toml. By default digits, which runs in a minute, or tiny, which takes some; for a "
+            "language model that needs --data, as do all others."
         ),
     ] = None,
     data: Annotated[
@@ -127,13 +127,17 @@ def reproduce(
             variant = variant or "tiny"
             masks = reproduce_unmask.load_settings(file, variant)
             result = reproduce_unmask.reproduce(card.name, masks, variant=variant, **common)
+        elif card.engine == "denoise":
+            variant = variant or "tiny"
+            images = reproduce_images.load_settings(file, variant)
+            result = reproduce_images.reproduce(card.name, images, variant=variant, **common)
         else:
             variant = variant or "digits"
             settings = reproducing.load_settings(file, variant)
             result = reproducing.reproduce(card.name, settings, variant=variant, **common)
-    if card.engine in ("generate", "unmask"):
-        shown = reproduce_text if card.engine == "generate" else reproduce_unmask
-        table(_title(result, "mean"), *shown.table_rows(result))
+    rows = {"generate": reproduce_text.table_rows, "unmask": reproduce_unmask.table_rows, "denoise": reproduce_images.table_rows}
+    if card.engine in rows:
+        table(_title(result, "mean"), *rows[card.engine](result))
         _show_verdict(result)
     else:
         _show_result(result)

@@ -1,0 +1,506 @@
+"""Reproductions of diffusion systems: train a small flow transformer on real images, sample at several costs, and compare FID.
+
+All trainings begin with the same weights and take the same number of steps, the full model's own continuation included. Beside the system
+stand, at every cost: fewer steps of the sampler, the best schedule of depths by noise level, reuse at random, and a constant depth. FID is
+in features of a classifier that is trained here on the same images, with as many samples as the variant says: it is for comparison between
+rows of one table only. Costs are executed FLOPs of whole images over those of the full model with all steps. Every method but those whose
+weights are trained for one cost is calibrated by `offramp.calibrate` on other noise. Nothing is tuned after the fact: the verdict is the
+card's predicate on the measured numbers.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import statistics
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from offramp import systems
+from offramp.budget import MeanCost
+from offramp.cli import data as reading
+from offramp.cli.config import read_toml, unknown_key
+from offramp.cli.image_nets import EulerFlow, Features, SmallDiT
+from offramp.cli.reproduce import across_seeds, verdict
+from offramp.core.errors import BudgetInfeasible, InvalidInput, NoEffectWarning
+from offramp.core.noise import FlowMatching
+from offramp.core.system import Predicate, System
+from offramp.diffusion import DenoisingNet
+from offramp.engines.denoise import Denoiser
+from offramp.engines.diffusion_model import DiffusionModel, attach_diffusion
+from offramp.engines.pipeline import sample
+from offramp.measure.clock import environment
+from offramp.measure.image_quality import FeatureStatistics, explained_by_step, fid, relative_l2
+from offramp.measure.pareto import Point, curve, interpolate, upper_hull
+from offramp.policies.skips import ConstantDepth, DepthSchedule, LayerGroups
+from offramp.train import fit, noisy_loader
+from offramp.train.denoising import ExitsView, PlanView, add_heads
+from offramp.train.noising import Noising, RectifiedFlow
+from offramp.train.recipe import FinalOnly, Joint
+from offramp.verbs import calibrate
+
+Say = Callable[[str], None]
+
+CONTROLS = {"steps": "few-steps", "schedule": "static-schedule", "random": "random-skip", "shallow": "shallow"}
+"""What stands beside every system: a metric ``gain_over_X`` for each."""
+
+
+@dataclass(frozen=True)
+class ImageSettings:
+    """One variant of a reproduction: a table ``[variant]`` of its TOML file.
+
+    Attributes:
+        data: ``digits`` (of scikit-learn), or ``{data}`` for the path given on the command line, with a split ``train``.
+        depth: blocks of the transformer.
+        width: of its state.
+        heads: of attention.
+        patch: side of a token.
+        steps: of the first training.
+        tune_steps: of every training that begins with its weights.
+        batch_size: of trainings.
+        learning_rate: of the first training; others take ``tune_rate``.
+        tune_rate: see there.
+        sampler_steps: of the full model.
+        samples: images for an FID.
+        sample_batch: of them at a time.
+        calibration: samples to calibrate with; half of them are held out.
+        feature_steps: of the classifier that judges.
+        feature_width: of its first layers.
+        budgets: costs, as shares of the full model's with all steps.
+        below: further costs at which controls are measured, so that they can be compared at any cost in between.
+        mixed_precision: of training on CUDA.
+        seeds: one whole repetition each.
+        system: arguments of the system's builder.
+    """
+
+    data: str
+    depth: int
+    width: int
+    heads: int
+    steps: int
+    tune_steps: int
+    patch: int = 2
+    batch_size: int = 64
+    learning_rate: float = 2e-3
+    tune_rate: float = 5e-4
+    sampler_steps: int = 20
+    samples: int = 512
+    sample_batch: int = 256
+    calibration: int = 32
+    feature_steps: int = 300
+    feature_width: int = 16
+    budgets: tuple[float, ...] = (0.75, 0.6, 0.5)
+    below: tuple[float, ...] = (0.4,)
+    mixed_precision: str = "no"
+    seeds: tuple[int, ...] = (0, 1, 2)
+    system: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        counts = (self.steps, self.tune_steps, self.samples, self.sample_batch, self.feature_steps, self.batch_size)
+        if min(counts) < 1 or self.sampler_steps < 2 or self.calibration < 2:
+            raise InvalidInput("Numbers of steps, samples and rows must be at least 1, sampler_steps and calibration 2.")
+        if not self.seeds or not self.budgets or not all(0 < b < 1 for b in (*self.budgets, *self.below)):
+            raise InvalidInput("seeds and budgets must not be empty, and costs lie inside (0, 1).")
+
+
+def variants(path: Path) -> list[str]:
+    """Names of the variants in a configuration."""
+    return [name for name, table in read_toml(path).items() if isinstance(table, Mapping) and name != "system"]
+
+
+def load_settings(path: Path, variant: str) -> ImageSettings:
+    """Read one variant; keys outside tables are shared by all variants, and so is the table ``system``.
+
+    Raises:
+        InvalidInput: the file or the variant is missing, a key is unknown or a required one is absent.
+    """
+    config = read_toml(path)
+    if variant not in variants(path):
+        raise InvalidInput(f"{path} has no variant {variant!r}; it has: {', '.join(variants(path))}.")
+    shared = {k: v for k, v in config.items() if not isinstance(v, Mapping)}
+    merged = shared | dict(config[variant]) | {"system": dict(config.get("system", {})) | dict(config[variant].get("system", {}))}
+    known = {f.name: f for f in dataclasses.fields(ImageSettings)}
+    for key in merged:
+        if key not in known:
+            raise unknown_key(key, list(known), f"{path}, variant {variant}")
+    for name, f in known.items():
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING and name not in merged:
+            raise InvalidInput(f"{path}, variant {variant}: the key {name!r} is missing.")
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in merged.items()}
+    return ImageSettings(**values)
+
+
+# ---- images and models ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Images ``[N, C, H, W]`` in [-1, 1] and their classes ``[N]``."""
+
+    images: Tensor
+    classes: Tensor
+
+    @property
+    def count(self) -> int:
+        """Classes."""
+        return int(self.classes.max()) + 1
+
+
+def read_pictures(settings: ImageSettings, data: str | None, device: str) -> Pictures:
+    """Read the images of a variant.
+
+    Raises:
+        InvalidInput: it asks for a path and none was given, or what is there has no labels.
+    """
+    if settings.data == "digits":
+        digits = reading.optional("sklearn.datasets", "demo", "The digits data set").load_digits()
+        images, classes = torch.from_numpy(digits.images).float().unsqueeze(1) / 8 - 1, torch.from_numpy(digits.target).long()
+        return Pictures(images.to(device), classes.to(device))
+    if "{data}" in settings.data and data is None:
+        raise InvalidInput("This variant reads images from a path: give it with --data.")
+    records = reading.read(settings.data.replace("{data}", data or ""), split="train", images=reading.Images())
+    if records.labels is None:
+        raise InvalidInput(f"{records.source} has no labels.")
+    held = torch.stack([records[i][0] for i in range(len(records))])
+    return Pictures((held * 2 - 1).to(device), records.labels.to(device))
+
+
+class Bench:
+    """One repetition: the images, the network that judges, and models by name, each trained once.
+
+    Args:
+        settings: of the variant.
+        pictures: real images.
+        seed: of everything random.
+        device: to train and sample on.
+        say: told what is being done.
+    """
+
+    def __init__(self, settings: ImageSettings, pictures: Pictures, seed: int, device: str, say: Say) -> None:
+        self.settings, self.pictures, self.seed, self.device, self.say = settings, pictures, seed, device, say
+        channels, size = int(pictures.images.shape[1]), int(pictures.images.shape[2])
+        torch.manual_seed(seed)
+        self.features = Features(channels, pictures.count, size, settings.feature_width).to(device)
+        say(f"seed {seed}: the network that judges")
+        self.accuracy = self.features.fit(pictures.images, pictures.classes, settings.feature_steps, settings.batch_size, seed)
+        self.real = self._statistics(pictures.images)
+        self.make = partial(SmallDiT, channels, pictures.count, size, settings.depth, settings.width, settings.heads, settings.patch)
+        self._models: dict[str, DiffusionModel] = {}
+        self._start: dict[str, Tensor] | None = None
+        generator = torch.Generator().manual_seed(seed + 1000)
+        count = settings.samples + settings.calibration
+        noise = torch.randn(count, channels, size, size, generator=generator).to(device)
+        labels = (torch.arange(count) % pictures.count).to(device)
+        self.noise, self.labels = noise[: settings.samples], labels[: settings.samples]
+        self.other = {"noise": noise[settings.samples :], "inputs": {"class_labels": labels[settings.samples :]}}
+        self.full = self.sampled(self.model(systems.build("few-steps", share=1.0), "full", Joint(FinalOnly())), ())
+
+    def _statistics(self, images: Tensor) -> FeatureStatistics:
+        with torch.no_grad():
+            return FeatureStatistics.of(torch.cat([self.features(x) for x in images.split(512)]), "classifier trained here")
+
+    def start(self) -> dict[str, Tensor]:
+        """Weights that all trainings begin with."""
+        if self._start is None:
+            self.say(f"seed {self.seed}: training")
+            torch.manual_seed(self.seed)
+            model = self.make().to(self.device)
+            net = self.attached(model, systems.build("few-steps")).net
+            self._trained(ExitsView(net, []), Joint(FinalOnly()), self.settings.steps, self.settings.learning_rate)
+            self._start = {k: v.clone() for k, v in model.state_dict().items()}
+        return self._start
+
+    def attached(self, model: nn.Module, system: System) -> DiffusionModel:
+        """A system on a model."""
+        example = {
+            "sample": self.pictures.images[:2].clone(),
+            "timestep": torch.tensor([500.0, 100.0], device=self.device),
+            "class_labels": self.pictures.classes[:2].clone(),
+        }
+        return attach_diffusion(model.eval(), system=system, scheduler=EulerFlow(), noise=FlowMatching(), example=example)
+
+    def model(self, system: System, key: str, recipe: Any) -> DiffusionModel:
+        """A system on a model that was trained for it, from the weights that all begin with.
+
+        Args:
+            system: the method.
+            key: what was trained is kept under this name.
+            recipe: how; the method's own where it trains what its plan leaves.
+        """
+        if key in self._models:
+            made = self._models[key]
+            return self.attached(made.net.model, system) if made.system != system else made
+        model = self.make().to(self.device)
+        model.load_state_dict(self.start())
+        made = self.attached(model, system)
+        self.say(f"seed {self.seed}: training {key}")
+        as_run = made.skips is not None and made.skips.as_run and getattr(made.skips, "depths", True)
+        view: Any = PlanView(made.net, made.points) if as_run else ExitsView(made.net, None if key == "uniform" else [])
+        self._trained(view, recipe, self.settings.tune_steps, self.settings.tune_rate)
+        self._models[key] = made
+        return made
+
+    def with_heads(self, system: System, full: DiffusionModel) -> DiffusionModel:
+        """Exits trained on the full model as it is."""
+        if system.card.name in self._models:
+            return self._models[system.card.name]
+        made = self._models[system.card.name] = self.attached(copy.deepcopy(full.net.model), system)
+        add_heads(made.net, system.head, made.layout.blocks[:-1])
+        self.say(f"seed {self.seed}: training exits")
+        self._trained(ExitsView(made.net, made.layout.blocks[:-1]), system.recipe, self.settings.tune_steps, 2 * self.settings.tune_rate)
+        return made
+
+    def _trained(self, view: Any, recipe: Any, steps: int, rate: float) -> None:
+        images, classes = self.pictures.images.cpu(), self.pictures.classes.cpu()
+        noising = Noising(RectifiedFlow(), label="class_labels")
+        loader = noisy_loader(images, noising, min(self.settings.batch_size, len(images)), classes=classes)
+        fit(
+            view,
+            loader,
+            recipe,
+            epochs=-(-steps // len(loader)),
+            max_steps=steps,
+            seed=self.seed,
+            progress=False,
+            max_grad_norm=1.0,
+            mixed_precision=self.settings.mixed_precision if self.device != "cpu" else "no",
+            optimizer=lambda groups: torch.optim.AdamW(groups, rate, weight_decay=0.0),
+            scheduler=lambda optimizer, count: torch.optim.lr_scheduler.LambdaLR(
+                optimizer, lambda k: min(1.0, (k + 1) / (0.05 * count + 1), (count - k) / (0.3 * count + 1))
+            ),
+        )
+        view.model.eval()
+
+    def sampled(self, made: DiffusionModel, points: Sequence[Any] | None, share: float = 1.0) -> dict[str, Any]:
+        """Images, their FID and what they cost, of a system's points or its published settings."""
+        asked = self.settings.sampler_steps
+        steps = max(1, int(share * asked + 1e-9))
+        images, flops, depths = [], [], []
+        for noise, labels in zip(self.noise.split(self.settings.sample_batch), self.labels.split(self.settings.sample_batch), strict=True):
+            denoiser = made.run(points)
+            images.append(sample(denoiser, EulerFlow(), noise, steps=steps, inputs={"class_labels": labels}))
+            flops.append(denoiser.report.row_cost * steps / asked)
+            depths.append(denoiser.report.depth)
+        pictures, depth = torch.cat(images), torch.cat(depths)
+        row = {
+            "cost": float(torch.cat(flops).mean()),
+            "fid": fid(self._statistics(pictures), self.real),
+            "explained": explained_by_step(depth) if len(depth.unique()) > 1 else None,
+        }
+        if hasattr(self, "full"):
+            row["drift"] = float(relative_l2(pictures, self.full["images"]).mean())
+        return {**row, "images": pictures}
+
+
+# ---- one system at one cost ----------------------------------------------------------------------------------------------
+
+
+def at_cost(bench: Bench, name: str, arguments: Mapping[str, Any], cost: float) -> dict[str, Any]:
+    """A system brought to a cost: calibrated, or trained for it.
+
+    Raises:
+        BudgetInfeasible: it cannot be.
+    """
+    system = systems.build(name, **arguments)
+    full = bench.model(systems.build("few-steps", share=1.0), "full", Joint(FinalOnly()))
+    skips = system.skips
+    if system.head is not None:
+        made = bench.with_heads(system, full)
+    elif isinstance(skips, DepthSchedule) and not skips.depths:
+        made = bench.model(system, "uniform", system.recipe)
+    elif isinstance(skips, DepthSchedule | ConstantDepth | LayerGroups):
+        return trained_for(bench, system, cost)
+    else:
+        made = bench.attached(full.net.model, system)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NoEffectWarning)
+        plan = calibrate(made, MeanCost(cost), **bench.other, steps=bench.settings.sampler_steps)
+    return bench.sampled(made, plan.points, plan.share) | {"how": plan.certificate.method, "held_out": plan.cost.value}
+
+
+def candidates(system: System, blocks: int) -> Iterator[System]:
+    """A system whose weights are trained for one cost, at ever lower costs."""
+    skips = system.skips
+    if isinstance(skips, DepthSchedule):  # the published list, lowered at once for all levels
+        for lower in range(skips.of):
+            yield dataclasses.replace(system, skips=DepthSchedule(tuple(max(1, d - lower) for d in skips.depths), skips.of))
+    elif isinstance(skips, LayerGroups):
+        for groups in range(2, blocks + 1):
+            if blocks % groups == 0:
+                yield dataclasses.replace(system, skips=LayerGroups(groups))
+    else:
+        for depth in range(blocks - 1, 0, -1):
+            yield dataclasses.replace(system, skips=ConstantDepth(depth / blocks))
+
+
+def trained_for(bench: Bench, system: System, cost: float) -> dict[str, Any]:
+    """The dearest of a system's settings within a cost, trained for it."""
+    start = bench.make().to(bench.device)
+    start.load_state_dict(bench.start())
+    probe = bench.attached(start, system)
+    best = 1.0
+    for found in candidates(system, len(probe.layout.blocks)):
+        spent = _scheduled_cost(bench, probe.net, found.skips.points(probe.layout))
+        best = min(best, spent)
+        if spent <= cost * (1 + 1e-9):
+            key = f"{system.card.name} {found.skips}"
+            return bench.sampled(bench.model(found, key, system.recipe), None) | {"how": str(found.skips)}
+    raise BudgetInfeasible(
+        f"The cheapest setting of {system.card.name} costs {best:.4g}, more than {cost:g}.",
+        requested=cost,
+        best=best,
+        unit="share of the full model's cost",
+    )
+
+
+def _scheduled_cost(bench: Bench, net: DenoisingNet, points: Sequence[Any]) -> float:
+    """Cost of points that the noise level decides, by one row."""
+    denoiser = Denoiser(net, points)
+    first = {"class_labels": bench.labels[:1]}
+    sample(denoiser, EulerFlow(), bench.noise[:1], steps=bench.settings.sampler_steps, inputs=first)
+    return denoiser.report.cost
+
+
+# ---- the result ----------------------------------------------------------------------------------------------------------
+
+
+def measure_seed(name: str, settings: ImageSettings, pictures: Pictures, seed: int, device: str, say: Say) -> dict[str, Any]:
+    """What one repetition gave: raw numbers as JSON data."""
+    bench = Bench(settings, pictures, seed, device, say)
+    full = bench.full
+    floor = fid(bench._statistics(pictures.images[::2]), bench._statistics(pictures.images[1::2]))
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for label, system, arguments, costs in (
+        ("ours", name, settings.system, settings.budgets),
+        *((k, n, {}, (*settings.budgets, *settings.below)) for k, n in CONTROLS.items()),
+    ):
+        rows[label] = []
+        for cost in costs:
+            say(f"seed {seed}: {system} at {cost:g}")
+            try:
+                found = at_cost(bench, system, arguments, cost)
+            except BudgetInfeasible as error:
+                rows[label].append({"budget": cost, "infeasible": str(error)})
+                continue
+            rows[label].append({"budget": cost} | {k: v for k, v in found.items() if k != "images"})
+            rows[label][-1] |= {"fid_ratio": found["fid"] / full["fid"], "excess": found["cost"] - cost}
+    for row in rows["ours"]:
+        if "infeasible" not in row:
+            row |= {f"gain_over_{k}": _gain(row, rows[k], full["fid"]) for k in CONTROLS}
+    return {
+        "seed": seed,
+        "images": len(pictures.images),
+        "samples": settings.samples,
+        "classifier_accuracy": bench.accuracy,
+        "fid_of_halves": floor,
+        "full": {"cost": full["cost"], "fid": full["fid"]},
+        "budgets": rows.pop("ours"),
+        "controls": rows,
+    }
+
+
+def _gain(row: Mapping[str, Any], control: Sequence[Mapping[str, Any]], full: float) -> float | None:
+    """FID of a control at the cost of a row, minus the row's, over the full model's; ``None`` below the control's cheapest."""
+    points = [Point(f"{r['budget']:g}", r["cost"], -r["fid"]) for r in control if "infeasible" not in r]
+    if not points or row["cost"] < min(p.cost for p in points):
+        return None
+    reference = curve("control", upper_hull([*points, Point("full", 1.0, -full)]))
+    return (-interpolate(reference, row["cost"]) - row["fid"]) / full
+
+
+def measured(predicate: Predicate, rows: Sequence[Mapping[str, Any]]) -> float | None:
+    """The number that a predicate compares, from the costs of one seed that count; ``None`` if none of them gives it."""
+    values = [float(r[predicate.metric]) for r in rows if r.get(predicate.metric) is not None and predicate.counts(r["budget"])]
+    if not values:
+        return None
+    upper = (predicate.relation == "<=") == (predicate.over == "worst")
+    return statistics.fmean(values) if predicate.over == "mean" else max(values) if upper else min(values)
+
+
+def reproduce(
+    name: str, settings: ImageSettings, *, variant: str, data: str | None = None, device: str = "cpu", say: Say = lambda text: None
+) -> dict[str, Any]:
+    """Run a reproduction.
+
+    Args:
+        name: of the system.
+        settings: of the variant.
+        variant: its name, for the record.
+        data: path of the images.
+        device: to train and sample on.
+        say: told what is being done.
+
+    Returns:
+        JSON data: claim, verdict, one row per cost averaged over seeds, and the raw numbers of every seed.
+
+    Raises:
+        InvalidInput: the system computes fewer tokens, which the small transformer here is not made for, or has no claim.
+    """
+    system = systems.build(name, **settings.system)
+    card, predicate = system.card, system.card.predicate
+    if predicate is None or system.skips is None:
+        raise InvalidInput(f"{name} has no claim about depth, steps or reuse that could be measured here.")
+    pictures = read_pictures(settings, data, device)
+    seeds = [measure_seed(name, settings, pictures, seed, device, say) for seed in settings.seeds]
+    values = [v for s in seeds if (v := measured(predicate, s["budgets"])) is not None]
+    estimate = across_seeds(values) if values else None
+    got = None if estimate is None else {"value": estimate.value, "low": estimate.low, "high": estimate.high, "level": estimate.level}
+    return {
+        "schema": "offramp.reproduce/1",
+        "system": card.name,
+        "variant": variant,
+        "claim": card.claim,
+        "predicate": asdict(predicate),
+        "measured": None if got is None else {**got, "values": values},
+        "verdict": verdict(predicate, estimate),
+        "summary": {
+            "full": _mean([s["full"] for s in seeds]),
+            "rows": [_mean([s["budgets"][k] for s in seeds]) for k in range(len(settings.budgets))],
+            "controls": {
+                k: [_mean([s["controls"][k][i] for s in seeds]) for i in range(len(settings.budgets) + len(settings.below))]
+                for k in CONTROLS
+            },
+        },
+        "environment": environment(device),
+        "settings": asdict(settings),
+        "composition": {axis: systems.describe(getattr(system, axis)) for axis in systems.AXES if getattr(system, axis) is not None},
+        "seeds": seeds,
+    }
+
+
+SHOWN = ("cost", "fid", "fid_ratio", "drift", "explained", *(f"gain_over_{k}" for k in CONTROLS))
+"""The numbers of a row that are averaged over seeds, in the order they are shown."""
+
+
+def _mean(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A row averaged over seeds, each number with its interval."""
+    out: dict[str, Any] = {"budget": rows[0].get("budget")}
+    for key in SHOWN:
+        values = [float(r[key]) for r in rows if r.get(key) is not None]
+        if values:
+            e = across_seeds(values)
+            out[key] = [e.value, e.low, e.high]
+    return out
+
+
+def table_rows(result: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """The summary as a table: columns, then the full model, the system and every control at every cost."""
+    summary = result["summary"]
+    every = [("full", summary["full"]), *((result["system"], r) for r in summary["rows"])]
+    every += [(f"control: {CONTROLS[k]}", r) for k, rows in summary["controls"].items() for r in rows]
+    rows = [
+        (name, "-" if r["budget"] is None else f"{r['budget']:g}", *(f"{r[k][0]:.3f}" if k in r else "-" for k in SHOWN))
+        for name, r in every
+    ]
+    return ("", "asked", *(k.replace("_", " ") for k in SHOWN)), rows
+
+
+__all__ = ["Bench", "ImageSettings", "Pictures", "load_settings", "measure_seed", "measured", "read_pictures", "reproduce", "table_rows",
+           "variants"]  # fmt: skip
