@@ -470,8 +470,12 @@ class Training:
         args = self.args
         features = None if args.features is None else load_features(args.features, device=self.device)
         real = None if features is None else FeatureStatistics.load(args.features, "trained-train")
+        longest = 0.0
         for name, trained in load_models(self.out, None, self.device).items():
             if trained.about.get("heads"):  # images are those of its start until exits are taken
+                continue
+            if longest > self.left + 60 * args.reserve:
+                print(f"{name}: not sampled, {longest:.0f} s wanted", flush=True)
                 continue
             begun = time.monotonic()
             made = self.samples(trained, args.samples if features is not None else 80)
@@ -483,6 +487,7 @@ class Training:
                 found |= {"fid": fid(real, stats), "reference": "training images, features of feature_net.py"}
             self.done["stages"][name]["check"] = found
             write_json(self.sheet, self.done)
+            longest = max(longest, 1.2 * (time.monotonic() - begun))
             print(f"{name}: {found}, {time.monotonic() - begun:.1f} s", flush=True)
 
     @torch.no_grad()

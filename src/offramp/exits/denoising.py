@@ -157,6 +157,6 @@ def _patch(tokens: int, hidden: tuple[int, ...], output: tuple[int, ...]) -> tup
 
 
 DENOISING_PARTS: dict[str, type] = {"DenoisingExit": DenoisingExit}
-"""Exits of denoisers by name: what a saved file may name. They are sized to an image and not to a number of classes, hence a table apart."""
+"""Exits of denoisers by name: what a saved file may name. Apart from the others, as they are sized to an image and not to classes."""
 
 __all__ = ["DENOISING_PARTS", "LEVEL_FEATURES", "DenoisingExit", "DenoisingHead", "level_features"]

@@ -93,7 +93,7 @@ class DenoisingView(MultiExit):
         """Run compiled from now on: each segment of the cut alone, or the whole model where there are no exits.
 
         Args:
-            options: of ``torch.compile``. Blocks of equal make are compiled once: later ones are found in its cache.
+            options: of ``torch.compile``. Each segment is traced for itself; code of equal ones is taken from its cache.
         """
         self._compile = dict(options)
         self._segments.clear()
