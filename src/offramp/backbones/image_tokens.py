@@ -9,8 +9,9 @@ text treat a token by itself. With every token computed the copy does exactly wh
 That nothing else mixes tokens or goes by their place is not believed but tried: `ImageTokens.check` computes some tokens of a call whose
 other keys and values are new and compares with the model.
 
-Needed of a model (diffusers' DiT, PixArt and Stable Diffusion 3 have it): ``pos_embed`` from image to tokens, positions included; a list
-``transformer_blocks``, each with attention that has ``to_k`` and ``to_v``; and ``proj_out`` or ``proj_out_2`` from states to outputs.
+Needed of a model (diffusers' DiT, PixArt and Stable Diffusion 3 have it): a module from image to tokens, positions included (``pos_embed``
+or ``embed``); a list ``transformer_blocks`` or ``blocks``, in each a module of attention with ``to_q``, ``to_k`` and ``to_v``, which lets
+there be more keys than queries; and a module from states to outputs (``proj_out_2``, ``proj_out`` or ``out``).
 
 Shapes: ``B`` rows of a call, ``N`` tokens of an image, ``k`` of them that are computed, ``W`` width of what is kept.
 """
@@ -31,9 +32,9 @@ from offramp.backbones.taps import first_tensor
 from offramp.core.errors import InvalidInput, UnsupportedModel
 from offramp.core.modes import evaluating
 
-EMBEDDING = "pos_embed"
-BLOCKS = "transformer_blocks"
-OUTPUTS = ("proj_out_2", "proj_out")
+EMBEDDINGS = ("pos_embed", "embed")
+BLOCKS = ("transformer_blocks", "blocks")
+OUTPUTS = ("proj_out_2", "proj_out", "out")
 """Where to look for what has to be wrapped."""
 
 
@@ -101,6 +102,7 @@ class ImageTokens:
         model: the user's.
         blocks: how many blocks it has.
         places: tensors that are kept of every token.
+        embedding: name of the module from image to tokens.
 
     Raises:
         UnsupportedModel: something is missing; the message says what.
@@ -114,26 +116,28 @@ class ImageTokens:
     def _see(self) -> None:
         """Make the copy."""
         model, name = self.model, type(self.model).__name__
-        embedding, blocks = getattr(model, EMBEDDING, None), getattr(model, BLOCKS, None)
-        output = next((n for n in OUTPUTS if isinstance(getattr(model, n, None), nn.Module)), None)
-        missing = [
-            what
-            for what, found in (
-                (f"`{EMBEDDING}`, which turns the image into tokens", isinstance(embedding, nn.Module)),
-                (f"a list `{BLOCKS}`", isinstance(blocks, nn.ModuleList) and len(blocks) > 0),
-                (f"{' or '.join(f'`{n}`' for n in OUTPUTS)}, which turns states into outputs", output is not None),
-            )
-            if not found
+        found = [
+            next((n for n in names if isinstance(getattr(model, n, None), kind)), None)
+            for names, kind in ((EMBEDDINGS, nn.Module), (BLOCKS, nn.ModuleList), (OUTPUTS, nn.Module))
         ]
-        if missing or output is None or not isinstance(embedding, nn.Module) or not isinstance(blocks, nn.ModuleList):
+        wanted = (
+            f"{_either(EMBEDDINGS)}, which turns the image into tokens",
+            f"a list {_either(BLOCKS)}",
+            f"{_either(OUTPUTS)}, which turns states into outputs",
+        )
+        if missing := [what for what, name in zip(wanted, found, strict=True) if name is None]:
             raise UnsupportedModel(f"{name} cannot compute some tokens of an image alone: it lacks {'; and '.join(missing)}.")
+        self.embedding, listed, output = map(str, found)
+        blocks: Any = getattr(model, listed)
+        if not len(blocks):
+            raise UnsupportedModel(f"{name} cannot compute some tokens of an image alone: its list `{listed}` is empty.")
         self.blocks = len(blocks)
         self.places = 0
         self._originals: list[nn.Module] = [model]
-        seen = [self._block(block, f"{BLOCKS}.{k} of {name}") for k, block in enumerate(blocks)]
+        seen = [self._block(block, f"{listed}.{k} of {name}") for k, block in enumerate(blocks)]
         replaced = {
-            EMBEDDING: _Around(embedding, self._choose),
-            BLOCKS: nn.ModuleList(seen),
+            self.embedding: _Around(getattr(model, self.embedding), self._choose),
+            listed: nn.ModuleList(seen),
             output: self._kept(getattr(model, output), True),
         }
         self._view = _seen_through(model, **replaced)
@@ -173,7 +177,9 @@ class ImageTokens:
         now = self._under_way()
         if not isinstance(tokens, Tensor) or tokens.ndim != 3:
             found = tuple(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
-            raise UnsupportedModel(f"`{EMBEDDING}` of {type(self.model).__name__} gives {found}; expected tokens [B, N, W] of an image.")
+            raise UnsupportedModel(
+                f"`{self.embedding}` of {type(self.model).__name__} gives {found}; expected tokens [B, N, W] of an image."
+            )
         now.tokens = tokens.shape[1]
         return tokens if now.active is None else tokens.gather(1, now.active[..., None].expand(-1, -1, tokens.shape[2]))
 
@@ -279,9 +285,13 @@ class ImageTokens:
             if not float(gap) <= allowed:
                 raise UnsupportedModel(
                     f"{name} does more with tokens than is known here: with {what} computed, outputs differ by {float(gap):.3g} of their "
-                    f"spread (at most {allowed:.3g} is rounding). Tokens must meet in the attention of `{BLOCKS}` alone."
+                    f"spread (at most {allowed:.3g} is rounding). Tokens must meet in the attention of its blocks alone."
                 )
         return tokens
+
+
+def _either(names: tuple[str, ...]) -> str:
+    return " or ".join(f"`{n}`" for n in names)
 
 
 def prediction(output: Any) -> Tensor:

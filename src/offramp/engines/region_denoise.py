@@ -235,6 +235,7 @@ class RegionDenoiser(Denoiser):
                     "images of this form (diffusers' DiT takes square ones)."
                 )
             grid = token_grid(sample.shape[2:], tokens)
+            self.regions.focus(output[:, : sample.shape[1]], grid)  # a measure that does not apply says so here
             if self.regions.ratio < 1 and tokens <= self.regions.multiple:
                 warnings.warn(
                     f"An image of {tokens} tokens, rounded up to a multiple of {self.regions.multiple}: all are computed at every step and "

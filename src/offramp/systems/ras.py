@@ -25,7 +25,7 @@ arXiv:2502.10389.
 from __future__ import annotations
 
 from offramp.core.system import Card, Predicate, System
-from offramp.reduce.regions import AtSteps, Regions
+from offramp.reduce.regions import AtSteps, ChannelNorm, ChannelSpread, Regions
 
 CARD = Card(
     name="ras",
@@ -58,6 +58,7 @@ def ras(
     direction: int = 1,
     change: float = 0.0,
     multiple: int = 8,
+    norm: bool = False,
 ) -> System:
     """Compose region-adaptive sampling.
 
@@ -69,8 +70,16 @@ def ras(
         direction: 1, waiting raises the priority; -1, it lowers it, as released.
         change: what the ratio gains from noise to data. Paper 0.
         multiple: tokens are rounded up to a multiple, at least 1. Paper 64, of images of 4096.
+        norm: measure the Euclidean norm over channels, not their deviation. Paper False; images of one channel have no deviation.
     """
     regions = Regions(
-        ratio, first=first, resets=AtSteps(tuple(resets)), staleness=staleness, direction=direction, change=change, multiple=multiple
+        ratio,
+        ChannelNorm() if norm else ChannelSpread(),
+        first=first,
+        resets=AtSteps(tuple(resets)),
+        staleness=staleness,
+        direction=direction,
+        change=change,
+        multiple=multiple,
     )
     return System(card=CARD, reduction=regions)

@@ -274,6 +274,63 @@ def test_bfloat16(family: str) -> None:
     assert found.dtype == torch.bfloat16 and found.isfinite().all() and denoiser.report.cost < 1
 
 
+class _Attention(nn.Module):
+    """Of a transformer in plain PyTorch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_q, self.to_k, self.to_v, self.to_out = (nn.Linear(16, 16) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (part(x).unflatten(-1, (2, 8)).transpose(1, 2) for part in (self.to_q, self.to_k, self.to_v))
+        return self.to_out(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class _Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.norm, self.mlp = _Attention(), nn.LayerNorm(16), nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16))
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        x = x + self.attention(self.norm(x) + condition)
+        return x + self.mlp(x)
+
+
+class _Embed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.position = nn.Conv2d(1, 16, 2, 2), nn.Parameter(torch.randn(1, 16, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.patches(x).flatten(2).transpose(1, 2) + self.position
+
+
+class Own(nn.Module):
+    """A user's own denoiser of one channel, which returns a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.blocks, self.out = _Embed(), nn.ModuleList(_Block() for _ in range(3)), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        tokens = self.embed(x)
+        for block in self.blocks:
+            tokens = block(tokens, (t.to(x.dtype) / 1000)[:, None, None])
+        return nn.functional.pixel_shuffle(self.out(tokens).transpose(1, 2).unflatten(2, (4, 4)), 2)
+
+
+def test_a_users_own_transformer() -> None:
+    model, example = Own().eval(), (torch.randn(2, 1, 8, 8), torch.tensor([300, 500]))
+    with pytest.raises(InvalidInput, match="ChannelNorm"):
+        attach_regions(model, LITTLE, noise=FlowMatching(), example=example)
+    denoiser = attach_regions(model, dataclasses.replace(LITTLE, measure=ChannelNorm()), noise=FlowMatching(), example=example)
+    noise = torch.randn(4, 1, 8, 8)
+    plain = sample(model, schedulers()[2](), noise, steps=6)
+    assert not torch.allclose(sample(denoiser, schedulers()[2](), noise, steps=6), plain) and denoiser.report.cost < 0.85
+    denoiser.regions = Regions(first=100, measure=ChannelNorm())
+    assert torch.equal(sample(denoiser, schedulers()[2](), noise, steps=6), plain)
+
+
 class TestBranches:
     @torch.no_grad()
     def test_branches_in_calls_of_their_own_never_share_state(self) -> None:
