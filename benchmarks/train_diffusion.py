@@ -198,9 +198,10 @@ class Trained:
         return scheduler_for(self.kind)
 
     def attach(self, at: Sequence[str] | None = None) -> DenoisingNet:
-        """The model cut at its blocks, with the exits that were trained for it."""
+        """The model cut at its blocks or at the places given, with the exits that were trained for it."""
         inputs = named(example(self.model), self.process)
-        net = attach_denoiser(self.model, places(self.model) if at is None else at, noise=self.noise, example=inputs)
+        blocks = places(self.model) if at is None and hasattr(self.model, "transformer_blocks") else at
+        net = attach_denoiser(self.model, blocks, noise=self.noise, example=inputs)
         if self.about.get("heads"):
             content, tensors = load_bundle(self.folder / "deediff", "heads", _HEADS)
             add_heads(net, part_from_dict(content["spec"], DENOISING_PARTS), content["at"])
