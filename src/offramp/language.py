@@ -138,7 +138,7 @@ def attach_lm(
     blocks = len(found)
     if exits is None:
         exits = _placed(system, blocks)
-    elif not exits or list(exits) != sorted(set(exits)) or not all(0 < e < blocks for e in exits):
+    elif not exits or not all(type(e) is int and 0 < e < blocks for e in exits) or list(exits) != sorted(set(exits)):
         raise InvalidInput(f"exits must be ascending numbers of blocks from 1 to {blocks - 1}, got {list(exits)}.")
     if head is None and system is not None:
         head = system.head

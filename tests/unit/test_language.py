@@ -108,7 +108,7 @@ def test_heads_must_be_parts_and_one_each(model):
         attach_lm(model, [2], [Shared(), Shared()])
     with pytest.raises(InvalidInput, match="A head is a part"):
         attach_lm(model, [2], [Shared])
-    for wrong in ([], [0], [6], [3, 2]):
+    for wrong in ([], [0], [6], [3, 2], [1.5], ["1"], [True], [2, 2]):
         with pytest.raises(InvalidInput, match="ascending numbers of blocks from 1 to 5"):
             attach_lm(model, wrong)
 

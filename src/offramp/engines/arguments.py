@@ -8,6 +8,8 @@ change the text, so that nothing is silently written otherwise than its user ask
 from __future__ import annotations
 
 import difflib
+import numbers
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +22,8 @@ from offramp.engines.sampling import Sampling
 
 _DEFAULTS: dict[str, Any] = {"do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.0}
 _NEW_TOKENS = 20
+_LEAST: dict[str, int] = {"max_new_tokens": 1, "max_length": 1, "top_k": 0, "pad_token_id": 0}
+"""The least that may be given for settings that are whole numbers."""
 
 _CHANGE_THE_TEXT: dict[str, Any] = {
     # setting: value that changes nothing, besides None, False and what is empty
@@ -91,6 +95,7 @@ _KNOWN = (
     "eos_token_id",
     "pad_token_id",
     "stop_strings",
+    "stop",
     "streamer",
     "generation_config",
     "seed",
@@ -161,19 +166,60 @@ def settings(model: Any, given: Mapping[str, Any], others: Mapping[str, Any], co
         found = [given.get(name), *(getattr(c, name, None) for c in sources)]
         return next((value for value in found if value is not None), default)
 
-    for name in ("max_new_tokens", "max_length", "top_k", "pad_token_id"):
-        if given.get(name) is not None and not isinstance(given[name], int):
-            raise InvalidInput(f"{name} must be a whole number, got {given[name]!r}.")
-    ends, pad, stops = find("eos_token_id"), find("pad_token_id"), find("stop_strings", ())
+    for name, least in _LEAST.items():
+        value = given.get(name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, numbers.Integral) or int(value) < least):
+            raise InvalidInput(f"{name} must be a whole number, at least {least}, got {value!r}.")
+    pad, stops = find("pad_token_id"), find("stop_strings", ())
     total = given.get("max_length")  # goes before a number of new tokens that is a default
     return Settings(
         Sampling(**{name: find(name, default) for name, default in _DEFAULTS.items()}),
-        tuple(int(e) for e in torch.as_tensor(ends).flatten().tolist()) if ends is not None else (),
+        _ends(find("eos_token_id")),
         int(pad) if pad is not None else None,
-        (stops,) if isinstance(stops, str) else tuple(stops),
+        _stops(stops),
         given.get("max_new_tokens") if total is not None else find("max_new_tokens"),
         find("max_length"),
     )
+
+
+def one_stop(stop_strings: Any, stop: Any) -> Any:
+    """The texts that end a row, which have two names.
+
+    Raises:
+        InvalidInput: both were given.
+    """
+    if stop is not None and stop_strings is not None:
+        raise InvalidInput("stop is another name of stop_strings; give one of them.")
+    return stop_strings if stop is None else stop
+
+
+def seeds_of(seed: Any, rows: int) -> list[int]:
+    """A seed for each of so many rows, of one that is counted up from or one for each.
+
+    Raises:
+        InvalidInput: neither, or too large for a generator.
+    """
+    single = isinstance(seed, int) and not isinstance(seed, bool)
+    found = list(range(seed, seed + rows)) if single else list(seed) if isinstance(seed, Sequence) else []
+    if len(found) != rows or not all(isinstance(s, int) and -(2**63) <= s < 2**63 for s in found):
+        raise InvalidInput(f"seed must be a whole number of 64 bits, or one for each of the {rows} prompts; got {seed!r}.")
+    return found
+
+
+def _ends(given: Any) -> tuple[int, ...]:
+    if given is None:
+        return ()
+    found = given.flatten().tolist() if isinstance(given, Tensor) else given if isinstance(given, Sequence) else [given]
+    if not all(isinstance(e, numbers.Integral) for e in found):
+        raise InvalidInput(f"eos_token_id must be a token id or a list of them, got {given!r}.")
+    return tuple(int(e) for e in found)
+
+
+def _stops(given: Any) -> tuple[str, ...]:
+    found = (given,) if isinstance(given, str) else tuple(given) if isinstance(given, Sequence) else (given,)
+    if not all(isinstance(t, str) and t for t in found):
+        raise InvalidInput(f"stop_strings must be texts that are not empty, got {given!r}.")
+    return found
 
 
 def _refuse(others: Mapping[str, Any], sources: Sequence[Any]) -> None:
@@ -238,12 +284,22 @@ def token_ids(
         if tokenizer is None:
             raise InvalidInput("Texts need a tokenizer: give tokenizer=AutoTokenizer.from_pretrained(...), or token ids.")
         return [[int(i) for i in tokenizer(text)["input_ids"]] for text in prompts]
-    if attention_mask is not None:
-        return _from_tensor(torch.as_tensor(prompts), attention_mask, pad, ends)
     rows = [prompts] if all(isinstance(p, int) for p in prompts) else prompts
     if not all(isinstance(row, Sequence | Tensor) and not isinstance(row, str) for row in rows):
         raise InvalidInput("prompts must be all texts or all lists of token ids; got a mixture.")
-    return [[int(i) for i in row] for row in rows]
+    masks = [None] * len(rows) if attention_mask is None else attention_mask if rows is prompts else [attention_mask]
+    if len(masks) != len(rows):
+        raise InvalidInput(f"attention_mask has {len(masks)} rows, the token ids {len(rows)}; they must be as many.")
+    return [_from_row(row, mask, pad, ends) for row, mask in zip(rows, masks, strict=True)]
+
+
+def _from_row(row: Any, mask: Any, pad: int | None, ends: Sequence[int]) -> list[int]:
+    """One row of a list: as it is, or, with a mask, without its padding. Rows of a list may have any lengths, masked or not."""
+    try:
+        ids = [operator.index(i) for i in (row.tolist() if isinstance(row, Tensor) else row)]
+    except TypeError as error:
+        raise InvalidInput(f"Token ids are whole numbers, got {_short(row)}.") from error
+    return ids if mask is None else _from_tensor(torch.tensor(ids, dtype=torch.int64), mask, pad, ends)[0]
 
 
 def _from_tensor(ids: Tensor, mask: Any, pad: int | None, ends: Sequence[int]) -> list[list[int]]:
@@ -282,10 +338,8 @@ class StopStrings:
     def __init__(self, tokenizer: Any, texts: Sequence[str]) -> None:
         if tokenizer is None:
             raise InvalidInput("stop_strings need the tokenizer: give tokenizer=AutoTokenizer.from_pretrained(...).")
-        if not all(isinstance(t, str) and t for t in texts):
-            raise InvalidInput(f"stop_strings must be texts that are not empty, got {list(texts)!r}.")
-        self.tokenizer, self.texts = tokenizer, tuple(texts)
-        self.tail = 8 + 4 * max(map(len, texts))  # a character has at most four tokens (bytes), a special token no character
+        self.tokenizer, self.texts = tokenizer, _stops(texts)
+        self.tail = 8 + 4 * max(map(len, self.texts))  # a character has at most four tokens (bytes), a special token no character
 
     def __call__(self, tokens: Sequence[int]) -> bool:
         """Whether the last of ``tokens`` completes a text."""

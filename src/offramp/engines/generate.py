@@ -18,7 +18,7 @@ import torch
 from offramp.core.errors import InvalidInput
 from offramp.core.modes import evaluating
 from offramp.engines.accept import accept, exits_used
-from offramp.engines.arguments import StopStrings, settings, token_ids
+from offramp.engines.arguments import StopStrings, one_stop, seeds_of, settings, token_ids
 from offramp.engines.decoding import Rows
 from offramp.engines.skip import Skipping
 from offramp.engines.speculate import speculate
@@ -45,6 +45,7 @@ def generate(
     eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int | None = None,
     stop_strings: str | Sequence[str] | None = None,
+    stop: str | Sequence[str] | None = None,
     streamer: Streamer | None = None,
     generation_config: Any = None,
     seed: int | Sequence[int] = 0,
@@ -73,6 +74,7 @@ def generate(
         eos_token_id: token or tokens that end a row; none with an empty list.
         pad_token_id: fills `Generation.sequences`; the first end token by default.
         stop_strings: texts that end a row as soon as a token completes one.
+        stop: another name of ``stop_strings``.
         streamer: told of the prompt and of new tokens as they are written, a few at a time when drafts are kept; one prompt only.
         generation_config: settings that go before the model's.
         seed: of the randomness; one number (each row then has its own, counted up from it) or one a row.
@@ -96,7 +98,7 @@ def generate(
         "repetition_penalty": repetition_penalty,
         "eos_token_id": eos_token_id,
         "pad_token_id": pad_token_id,
-        "stop_strings": stop_strings,
+        "stop_strings": one_stop(stop_strings, stop),
     }
     asked = settings(lm.model, given, others, generation_config)
     texts = token_ids(prompts if input_ids is None else input_ids, attention_mask, tokenizer, asked.pad, asked.ends)
@@ -108,7 +110,7 @@ def generate(
             texts,
             asked.new_tokens(max(map(len, texts)), most),
             asked.sampling,
-            _seeds(seed, len(texts)),
+            seeds_of(seed, len(texts)),
             asked.ends,
             used,
             mode.draft_length if isinstance(mode, Verify) else 0,
@@ -135,14 +137,6 @@ def exits(lm: LanguageModel, mode: Way) -> tuple[int, ...]:
             f"exit_index must be from 0 to {len(lm.exits) - 1}, as the model has {len(lm.exits)} exits; got {mode.exit_index}."
         )
     return (mode.exit_index,)
-
-
-def _seeds(seed: int | Sequence[int], rows: int) -> list[int]:
-    if isinstance(seed, int):
-        return list(range(seed, seed + rows))
-    if not isinstance(seed, Sequence) or not all(isinstance(s, int) for s in seed):
-        raise InvalidInput(f"seed must be a whole number, or one for each of the {rows} prompts; got {seed!r}.")
-    return list(seed)
 
 
 def write(rows: Rows, mode: Way) -> None:

@@ -30,7 +30,7 @@ from offramp.policies.decoding import Verify
 
 @dataclass(frozen=True)
 class Candidate:
-    """An exit with a head, and what it takes for the whole batch. Milliseconds, or any other unit.
+    """An exit with a head, and what it takes for the whole batch. Milliseconds.
 
     Attributes:
         exit_index: which exit.

@@ -8,6 +8,8 @@ Shapes: ``B`` rows, ``Q`` positions, ``K`` drafts, ``V`` vocabulary.
 
 from __future__ import annotations
 
+import math
+import numbers
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +37,14 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
+        if not isinstance(self.do_sample, bool):
+            raise InvalidInput(f"do_sample must be True or False, got {self.do_sample!r}.")
+        for name in ("temperature", "top_p", "repetition_penalty"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+                raise InvalidInput(f"{name} must be a finite number, got {value!r}.")
+        if isinstance(self.top_k, bool) or not isinstance(self.top_k, numbers.Integral):
+            raise InvalidInput(f"top_k must be a whole number, got {self.top_k!r}.")
         if self.temperature <= 0 or self.top_k < 0 or not 0 < self.top_p <= 1 or self.repetition_penalty <= 0:
             raise InvalidInput(
                 "temperature and repetition_penalty must be > 0, top_k >= 0 and top_p in (0, 1]; got "

@@ -16,7 +16,7 @@ from typing import Any
 from offramp.budget.agreement import AcceptPlan
 from offramp.core.errors import InvalidInput
 from offramp.engines.agreement import Acceptance
-from offramp.engines.arguments import Settings, StopStrings, settings, token_ids
+from offramp.engines.arguments import Settings, StopStrings, one_stop, seeds_of, settings, token_ids
 from offramp.engines.capture import Tuning
 from offramp.engines.draft_lengths import LengthChoice
 from offramp.engines.generate import exits, generate
@@ -128,6 +128,7 @@ class TextGenerator:
         eos_token_id: int | Sequence[int] | None = None,
         pad_token_id: int | None = None,
         stop_strings: str | Sequence[str] | None = None,
+        stop: str | Sequence[str] | None = None,
         streamer: Streamer | None = None,
         generation_config: Any = None,
         seed: int | Sequence[int] = 0,
@@ -154,7 +155,7 @@ class TextGenerator:
             "repetition_penalty": repetition_penalty,
             "eos_token_id": eos_token_id,
             "pad_token_id": pad_token_id,
-            "stop_strings": stop_strings,
+            "stop_strings": one_stop(stop_strings, stop),
         }
         asked = settings(self.lm.model, given, others, generation_config)
         texts = token_ids(prompts if input_ids is None else input_ids, attention_mask, tokenizer, asked.pad, asked.ends)
@@ -163,7 +164,7 @@ class TextGenerator:
             return generate(self.lm, texts, self.way(len(texts)), **given, **passed)
         new = asked.new_tokens(max(map(len, texts)), self.lm.decoder.max_positions)
         stops = StopStrings(tokenizer, asked.stop_strings) if asked.stop_strings else None
-        seeds = _seeds(seed, len(texts))
+        seeds = seeds_of(seed, len(texts))
         if streamer is not None and len(texts) != 1:
             raise InvalidInput(f"A streamer takes the tokens of one text, got {len(texts)} prompts; give them one at a time.")
         parts = []
@@ -354,14 +355,6 @@ def _acceptance(plan: SpeculationPlan, best: Prediction) -> Acceptance:
 def _power(count: int) -> int:
     """The next power of two."""
     return 1 << max(0, math.ceil(math.log2(count)))
-
-
-def _seeds(seed: int | Sequence[int], rows: int) -> list[int]:
-    if isinstance(seed, int):
-        return list(range(seed, seed + rows))
-    if not isinstance(seed, Sequence) or len(seed) != rows or not all(isinstance(s, int) for s in seed):
-        raise InvalidInput(f"seed must be a whole number, or one for each of the {rows} prompts; got {seed!r}.")
-    return list(seed)
 
 
 def _joined(parts: Sequence[Generation]) -> Generation:

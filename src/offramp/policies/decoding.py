@@ -64,8 +64,8 @@ Fill = CatchUp | Recompute | Copy
 
 
 def _check_cap(cap: int) -> None:
-    if cap < 1:
-        raise InvalidInput(f"cap must be at least 1, got {cap}.")
+    if type(cap) is not int or cap < 1:
+        raise InvalidInput(f"cap must be a whole number, at least 1, got {cap!r}.")
 
 
 # ---- thresholds that move ------------------------------------------------------------------------------------------------
@@ -132,8 +132,10 @@ class Verify:
     exit_index: int = 0
 
     def __post_init__(self) -> None:
-        if self.draft_length < 1:
-            raise InvalidInput(f"draft_length must be at least 1, got {self.draft_length}.")
+        if type(self.draft_length) is not int or self.draft_length < 1:
+            raise InvalidInput(f"draft_length must be a whole number, at least 1, got {self.draft_length!r}.")
+        if type(self.exit_index) is not int:
+            raise InvalidInput(f"exit_index must be a whole number, the first exit 0, got {self.exit_index!r}.")
         if not isinstance(self.stop, DraftStop):
             raise InvalidInput(f"stop must be a rule of offramp.policies.draft_stop such as BelowProbability(0.6), got {self.stop!r}.")
 

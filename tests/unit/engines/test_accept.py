@@ -418,6 +418,7 @@ class TestRefused:
         ("make", "message"),
         [
             (lambda: CatchUp(0), "cap must be"),
+            (lambda: CatchUp("8"), "cap must be a whole number"),
             (lambda: Recompute(-1), "cap must be"),
             (lambda: Accept(math.nan), "threshold must be"),
             (lambda: Accept(()), "threshold must be"),

@@ -13,6 +13,7 @@ from language_models import WORDS, build, byte_tokenizer, left_padded, own_greed
 from offramp.core.errors import InvalidInput
 from offramp.engines.arguments import StopStrings, token_ids
 from offramp.engines.generate import generate
+from offramp.engines.text_generator import TextGenerator
 from offramp.language import LanguageModel, attach_lm
 from offramp.policies.decoding import Accept, CatchUp, Plain, Verify
 
@@ -63,6 +64,13 @@ class TestPrompts:
             assert generate(lm, form, max_new_tokens=3).tokens == expected
         assert generate(lm, "w0 w5", tokenizer=word_tokenizer(), max_new_tokens=3).tokens == expected
 
+    def test_a_tokenizers_lists_need_no_padding(self, lm: LanguageModel) -> None:
+        tokenizer, texts = word_tokenizer(), ["w3 w9 w1", "w5"]
+        expected = generate(lm, texts, tokenizer=tokenizer, max_new_tokens=3).tokens
+        assert generate(lm, tokenizer(texts), max_new_tokens=3).tokens == expected
+        assert generate(lm, **tokenizer(texts), max_new_tokens=3).tokens == expected
+        assert generate(lm, tokenizer(texts[0]), max_new_tokens=3).tokens == expected[:1]
+
     def test_padding_that_is_also_an_end_is_no_padding(self) -> None:
         ids = torch.tensor([[0, 0, 7], [5, 6, 7]])
         assert token_ids(ids, pad=0) == [[7], [5, 6, 7]]
@@ -83,7 +91,21 @@ class TestPrompts:
             ({"prompts": []}, "must be texts, lists of token ids or a tensor"),
             ({"prompts": [[1]], "seed": None}, "seed must be a whole number"),
             ({"prompts": [[1]], "seed": 0.5}, "seed must be a whole number"),
+            ({"prompts": [[1]], "seed": [1, 2]}, "one for each of the 1 prompts"),
+            ({"prompts": [[1]], "seed": 2**63}, "64 bits"),
             ({"prompts": [[1]], "max_new_tokens": 2.5}, "max_new_tokens must be a whole number"),
+            ({"prompts": [[1]], "max_new_tokens": 0}, "max_new_tokens must be a whole number, at least 1, got 0"),
+            ({"prompts": [[1]], "max_new_tokens": True}, "max_new_tokens must be a whole number"),
+            ({"prompts": [[1]], "pad_token_id": -1}, "pad_token_id must be a whole number, at least 0"),
+            ({"prompts": [[1]], "top_k": True}, "top_k must be a whole number"),
+            ({"prompts": [[1]], "do_sample": "yes"}, "do_sample must be True or False"),
+            ({"prompts": [[1]], "do_sample": True, "temperature": "hot"}, "temperature must be a finite number, got 'hot'"),
+            ({"prompts": [[1]], "do_sample": True, "temperature": float("nan")}, "temperature must be a finite number, got nan"),
+            ({"prompts": [[1]], "eos_token_id": "x"}, "eos_token_id must be a token id"),
+            ({"prompts": [[1]], "stop_strings": 3}, "stop_strings must be texts"),
+            ({"prompts": [[1]], "stop_strings": "a", "stop": "b"}, "another name"),
+            ({"prompts": [[1.5]]}, "Token ids are whole numbers"),
+            ({"prompts": [[1], [1, 2]], "attention_mask": [[1]]}, "attention_mask has 1 rows, the token ids 2"),
             ({}, "prompts or input_ids"),
             ({"prompts": [[1]], "input_ids": [[1]]}, "prompts or input_ids"),
             ({"prompts": [[1]], "mode": "verify"}, r"Plain\(\), Accept\(...\), Verify\(...\) or Scheduled\(...\)"),
@@ -247,6 +269,15 @@ class TestStopStrings:
             for row in range(2):
                 hits = [i for i, t in enumerate(free[row][:-1]) if t == free[0][place]]
                 assert found.tokens[row] == free[row][: hits[0] + 2 if hits else None]
+
+    def test_stop_is_another_name(self, lm: LanguageModel) -> None:
+        tokenizer = word_tokenizer()
+        stop = WORDS[generate(lm, [[4, 9]], max_new_tokens=6).tokens[0][2]]
+        expected = generate(lm, [[4, 9]], max_new_tokens=6, tokenizer=tokenizer, stop_strings=stop).tokens
+        assert generate(lm, [[4, 9]], max_new_tokens=6, tokenizer=tokenizer, stop=stop).tokens == expected != [[]]
+        for captured in (False, True):
+            writer = TextGenerator(lm, Verify(2), tokenizer=tokenizer, captured=captured)
+            assert writer.generate([[4, 9]], max_new_tokens=6, stop=[stop]).tokens == expected
 
     def test_refused(self, lm: LanguageModel) -> None:
         with pytest.raises(InvalidInput, match="need the tokenizer"):

@@ -136,7 +136,11 @@ def test_the_law_is_lost_by_a_rule_that_remembers_discarded_drafts(small):
     assert z_of_chi_square(*small, Verify(3, Leaky())) > 6
 
 
-@pytest.mark.parametrize("make", [lambda: Verify(0), lambda: Verify(2, BelowProbability)], ids=["length", "class"])
+@pytest.mark.parametrize(
+    "make",
+    [lambda: Verify(0), lambda: Verify("3"), lambda: Verify(2.5), lambda: Verify(2, exit_index=0.0), lambda: Verify(2, BelowProbability)],
+    ids=["length", "text", "half", "exit", "class"],
+)
 def test_refuses(make):
     with pytest.raises(InvalidInput):
         make()
