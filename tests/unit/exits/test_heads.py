@@ -107,7 +107,7 @@ def build(head: str, where: str) -> Head:
 
 
 def test_every_head_is_covered():
-    placements = {"Evenly", "EveryBlock", "Fractions"}
+    placements = {"AfterBlocks", "Evenly", "EveryBlock", "Fractions"}
     pools = {"AutoPool", "MeanPool", "TokenPool"}
     assert {type(h).__name__ for h, _ in HEADS.values()} == set(PARTS) - placements - pools
 
