@@ -164,6 +164,6 @@ def test_grids() -> None:
 
 
 def test_defaults_are_the_papers() -> None:
-    assert Regions().measure == ChannelSpread() and Regions().resets == AtSteps((12, 22)) 
+    assert Regions().measure == ChannelSpread() and Regions().resets == AtSteps((12, 22))
     assert (Regions().ratio, Regions().staleness, Regions().first, Regions().change) == (0.5, 0.1, 4, 0.0)
     assert Regions().direction == 1, "but for the sign"
