@@ -5,8 +5,8 @@ how well a model writes, but on how often drafts are right, so every system draf
 add little to what the exit sees; *bad*, where the exit says what it holds for least likely; *random*, where model and exit have nothing in
 common. The result tells how many drafts were kept in each, so that nothing passes because nothing was tried.
 
-- greedy: every system that drafts, in each way, by the reference engine and by rounds, batches of 1, 3 and 8 prompts of different lengths,
-  against plain decoding and against transformers' own ``generate``. On a CPU a round is a plain call of what CUDA captures.
+- greedy: every system that drafts, in each way, by the reference engine and by rounds, batches of 8, 3 and 1 prompts in turn, of different
+  lengths, against plain decoding and against transformers' own ``generate``. On a CPU a round is a plain call of what CUDA captures.
 - sampling: Pearson's chi-square of all texts of a few tokens over a vocabulary of three, drawn through `offramp.compile`, against the exact
   chance of each, in which temperature and nucleus are transformers'. As a control, texts of the exit alone, which must fail.
 - cache: keys and values after a text, tokens that left caught up with, against one forward of transformers over the text.
@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lm_common import Budget, Sheet, asked_parts, compare_texts, in_turn, numbers, run_parts, small_tokenizer, spec_bench, tokens_per_round
+from lm_common import Budget, Sheet, asked_parts, compare_texts, in_turn, run_parts, small_tokenizer, spec_bench, tokens_per_round
 from torch import Tensor, nn
 
 import offramp
@@ -261,16 +261,18 @@ class Exactness:
                 texts += done[:, ids.shape[1] :].tolist()
             self.own[kind] = texts
         with self.budget.part(f"plain: {kind}"):
-            self.plain[kind] = self.write(offramp.compile(attach_lm(model, [1]), Plain(), captured=False), 8)[0]
+            self.plain[kind] = self.write(offramp.compile(attach_lm(model, [1]), Plain(), captured=False), [8])[0]
         distinct = sum(len(set(t)) for t in texts) / len(texts)
         self.sheet.content.setdefault("distinct_tokens_of_a_text", {})[kind] = distinct
 
-    def write(self, writer: Any, rows: int) -> tuple[list[list[int]], list[int], list[int]]:
-        """Greedy texts behind all prompts in batches of ``rows``; drafts tried and kept by place."""
+    def write(self, writer: Any, sizes: Sequence[int]) -> tuple[list[list[int]], list[int], list[int]]:
+        """Greedy texts behind all prompts in batches of these sizes in turn; drafts tried and kept by place."""
         texts: list[list[int]] = []
         tried, kept = [0], [0]
-        for start in range(0, len(self.prompts), rows):
-            done = writer.generate(self.prompts[start : start + rows], max_new_tokens=self.args.new, do_sample=False, eos_token_id=[])
+        size = itertools.cycle(sizes)
+        while len(texts) < len(self.prompts):
+            batch = self.prompts[len(texts) : len(texts) + next(size)]
+            done = writer.generate(batch, max_new_tokens=self.args.new, do_sample=False, eos_token_id=[])
             texts += done.tokens
             tried = [a + b for a, b in itertools.zip_longest(tried, done.drafted, fillvalue=0)]
             kept = [a + b for a, b in itertools.zip_longest(kept, done.accepted, fillvalue=0)]
@@ -278,14 +280,15 @@ class Exactness:
 
     def greedy(self) -> None:
         cells = itertools.product(self.args.batch, self.args.engines, ["plain", *drafting_systems()], DRAFTS)
-        done = {(r["rows"], r["engine"], r["system"], r["drafts"]) for r in self.sheet.content["rows"]}
+        done = {(str(r["rows"]), r["engine"], r["system"], r["drafts"]) for r in self.sheet.content["rows"]}
         for rows, engine, name, drafts in cells:
             if (rows, engine, name, drafts) not in done and not (name == "plain" and drafts == "bad"):
                 self.cell(rows, engine, name, drafts)
 
-    def cell(self, rows: int, engine: str, name: str, drafts: str) -> None:
+    def cell(self, rows: str, engine: str, name: str, drafts: str) -> None:
         label = f"greedy {rows} {engine} {drafts}: {name}"
-        if not self.budget.fits(label, self.args.guess / rows):
+        sizes = [int(n) for n in rows.split("+")]
+        if not self.budget.fits(label, self.args.guess * len(sizes) / sum(sizes)):
             return
         kind = self.model(drafts)
         self.baselines(kind)
@@ -298,7 +301,7 @@ class Exactness:
                 way = replace(way, draft_length=min(way.draft_length, self.args.shorter))
         with self.budget.part(label):
             writer = offramp.compile(lm, way, captured=engine == "rounds", compiled=self.compiled)
-            texts, tried, kept = self.write(writer, rows)
+            texts, tried, kept = self.write(writer, sizes)
         found = {
             "way": f"{engine}, {drafts} drafts", "rows": rows, "system": name, "engine": engine, "drafts": drafts,
             "draft_length": way.draft_length if isinstance(way, Verify) else 0, "tokens": sum(map(len, texts)),
@@ -457,6 +460,14 @@ _KEPT: list[Any] = []
 """Schemas last as long as the library that defined them."""
 
 
+def batches(given: str) -> list[str]:
+    """Sizes of batches with commas between, a plus between those that take turns."""
+    found = given.split(",")
+    if any(int(n) < 1 for sizes in found for n in sizes.split("+")):
+        raise ValueError(given)
+    return found
+
+
 def measure(args: argparse.Namespace) -> None:
     let_transformers_load()
     run = Exactness(args)
@@ -483,7 +494,7 @@ def main() -> None:
     parser.add_argument("--keep", action="store_true", help="go on with the cells that an earlier call left out")
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--engines", type=lambda given: asked_parts(given, ENGINES), default=list(ENGINES))
-    parser.add_argument("--batch", type=numbers, default=[8, 3, 1], help="prompts at a time")
+    parser.add_argument("--batch", type=batches, default=["8+3+1"], help="prompts at a time: 8+3+1 in turn, 8,3,1 all of them each")
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--new", type=int, default=64, help="tokens of a text")
     parser.add_argument("--longest", type=int, default=24, help="tokens of a prompt; they go from 1 to this many")

@@ -116,14 +116,14 @@ def test_a_threshold_lies_in_a_gap(exactness: ModuleType) -> None:
 def test_a_call_that_is_kept_goes_on(exactness: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     out = tmp_path / "result.json"
     monkeypatch.setattr(exactness, "drafting_systems", lambda: ["kangaroo"])
-    first = run(exactness, monkeypatch, out, "--parts", "sampling,greedy", "--engines", "reference")
+    first = run(exactness, monkeypatch, out, "--parts", "sampling,greedy", "--engines", "reference", "--batch", "2+1")
     assert first["failures"] == [] and first["prompts_from"] == "random tokens" and first["left_out"] == []
     assert [(r["system"], r["drafts"]) for r in first["rows"]] == [
         ("plain", "good"), ("plain", "random"), ("kangaroo", "good"), ("kangaroo", "bad"), ("kangaroo", "random"),
     ]  # fmt: skip
     assert all(r["against_plain"]["equal"] == r["against_transformers"]["equal"] == 3 for r in first["rows"])
     assert first["sampling"]["tests"] == 4 and all(c["p"] < 1e-6 for c in first["control"])
-    second = run(exactness, monkeypatch, out, "--parts", "greedy", "--keep")
+    second = run(exactness, monkeypatch, out, "--parts", "greedy", "--keep", "--batch", "2+1")
     assert len(second["rows"]) == 10 and second["sampling"] == first["sampling"]
     assert not any("reference" in name for name in second["seconds"])
 
@@ -139,8 +139,8 @@ def test_a_wrong_token_is_noticed(exactness: ModuleType, monkeypatch: pytest.Mon
     monkeypatch.setattr(exactness, "drafting_systems", lambda: ["kangaroo"])
     write = exactness.Exactness.write
 
-    def tampered(self: Any, writer: Any, rows: int) -> Any:
-        texts, tried, kept = write(self, writer, rows)
+    def tampered(self: Any, writer: Any, sizes: Any) -> Any:
+        texts, tried, kept = write(self, writer, sizes)
         if sum(tried):
             texts[1][4] = (texts[1][4] + 1) % 512
         return texts, tried, kept
