@@ -1,0 +1,632 @@
+"""Every diffusion system against every control, on models that `train_diffusion.py` made: cost, quality, and who wins at equal time.
+
+    python feature_net.py     --data IMAGES --out runs/features
+    python train_diffusion.py flow     --data IMAGES --out runs/diffusion          (and noise, unet, variants)
+    python diffusion.py --models runs/diffusion --data IMAGES --features runs/features --out results/diffusion_h100.json
+    python diffusion.py --models runs/tiny --tiny --out /tmp/diffusion.json        everything in about a minute on a CPU
+
+In parts, each within the minutes of the call and written to disk as it is done; what a call has no time for is left out, named, and done
+by the next call with the same arguments. In the order in which they matter:
+
+- ``plans``: settings of every system and control for each cost, and compositions of ours, chosen on calibration noise and held-out images.
+- ``quality``: for each setting images from the same noise; FID in the features of a trained and of a random network, KID, precision and
+  recall, right classes; distance from the full model's images; executed FLOPs, remembered bytes, how far the step alone explains depth.
+  One seed of all settings before the next seed of any.
+- ``time``: whole sampling runs at each batch size in turn with the full model, compiled and captured; exit efficiency of the denoiser.
+- ``text``: speed of every training-free system on denoisers with cross attention and two guidance branches, of random weights.
+- ``page``: an HTML page and, in the result, who wins at equal time.
+
+A model's variants belong to the model that they began with. Distances are in the features of `feature_net.py`, from its training images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import re
+import statistics
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusion_plans import Calibration, Plans, check_costs
+from diffusion_text import TEXT, TextModel
+from diffusion_ways import (
+    ByBlock,
+    Called,
+    Counting,
+    Model,
+    Segments,
+    Way,
+    Whole,
+    ideal_ms,
+    load_families,
+    model_of,
+)
+from feature_net import FeatureNet, Features, frozen, load_features, random_net
+from lm_common import Budget, Sheet, asked_parts, numbers, run_parts
+from torch import Tensor
+from train_diffusion import images_of
+
+from offramp.core.bundle import write_json
+from offramp.core.errors import OfframpError
+from offramp.engines.denoise import Denoiser
+from offramp.engines.region_denoise import RegionDenoiser
+from offramp.measure.clock import compare, environment
+from offramp.measure.image_quality import (
+    FeatureStatistics,
+    PrecisionRecall,
+    explained_by_step,
+    fid,
+    fid_floor,
+    kid,
+    precision_recall,
+    psnr,
+    relative_l2,
+    variance_within_step,
+)
+from offramp.measure.image_report import ImageResult, against_controls, image_report
+
+PARTS = ("plans", "quality", "time", "text", "page")
+CALIBRATION_SEED, TIMING_SEED, EVALUATION_SEED = 1, 2, 10
+"""Noise is of different seeds; those of evaluation count on from the last."""
+
+# ---- what is compared ----------------------------------------------------------------------------------------------------
+
+
+def combined(family: str, rows: Sequence[Mapping[str, Any]], ways: Mapping[str, Way]) -> dict[str, ImageResult]:
+    """One result for each setting from its rows, with the seeds that all have; times are those over the full model's of the same rounds,
+    times the full model's median.
+
+    Args:
+        family: whose rows.
+        rows: of the result.
+        ways: by title.
+    """
+    mine = [r for r in rows if r.get("system") == family and r["way"] in ways]
+    quality: dict[str, dict[int, Mapping[str, Any]]] = {}
+    for r in mine:
+        if r["group"] == "quality":
+            quality.setdefault(r["way"], {})[r["rows"]] = r
+    seeds = sorted(set.intersection(*(set(found) for found in quality.values()))) if quality else []
+    timed = [r for r in mine if r["group"] == "time"]
+    full = {b: statistics.median(r["full_ms"] for r in timed if r["rows"] == b) for b in {r["rows"] for r in timed}}
+    out = {}
+    for title, found in quality.items():
+        if not seeds:
+            continue
+        every, way = [found[s] for s in seeds], ways[title]
+
+        def mean(key: str, every: Sequence[Mapping[str, Any]] = every) -> float | None:
+            values = [e[key] for e in every]
+            return None if any(v is None for v in values) else statistics.fmean(values)
+
+        shares = (mean("precision"), mean("recall"))
+        times = {r["rows"]: r["over_full"] * full[r["rows"]] for r in timed if r["way"] == title}
+        if title == "full model":
+            times = dict(full)
+        out[title] = ImageResult(
+            way.name, way.setting, tuple(e["fid"] for e in every), float(mean("flops") or 0), times, way.control, mean("kid"),
+            None if None in shares else PrecisionRecall(*shares),  # type: ignore[arg-type]
+            psnr_db=mean("psnr_db"), relative_l2=mean("relative_l2"), accuracy=mean("accuracy"), explained=mean("explained"),
+            exit_efficiency={r["rows"]: r["exit_efficiency"] for r in timed if r["way"] == title and r.get("exit_efficiency") is not None},
+            cache_bytes=None if every[0]["cache_bytes"] is None else int(every[0]["cache_bytes"]),
+        )  # fmt: skip
+    return out
+
+
+def verdicts(results: Mapping[str, ImageResult], batch: int | None) -> list[dict[str, Any]]:
+    """Every system beside every control at the same cost.
+
+    Args:
+        results: by title, the full model among them.
+        batch: cost is the measured time at this batch size; ``None``: executed FLOPs.
+
+    Returns:
+        For every system and control: both distances, their difference and what it is called.
+    """
+
+    def cost(result: ImageResult) -> float | None:
+        return result.flops if batch is None else result.time_ms.get(batch)
+
+    full = results.get("full model")
+    whole = None if full is None else cost(full)
+    out = []
+    families = sorted({r.name for r in results.values() if r.control})
+    for title, result in results.items():
+        if result.control or title == "full model":
+            continue
+        for name in families:
+            rivals = [r for r in results.values() if r.control and r.name == name]
+            for found in against_controls([result, *rivals], cost):
+                gap = found.difference
+                out.append(
+                    {
+                        "way": title, "control": name, "cost": found.cost if whole is None else found.cost / whole, "fid": result.mean_fid,
+                        "control_fid": found.control_fid, "difference": None if gap is None else [gap.value, gap.low, gap.high],
+                        "verdict": found.verdict,
+                    }
+                )  # fmt: skip
+    return out
+
+
+def winner(
+    results: Mapping[str, ImageResult], chosen: Sequence[str], batch: int, rivals: Sequence[str], share: float = 0.5
+) -> dict[str, Any] | None:
+    """The composition chosen beforehand that is nearest to a share of the full model's time, and the controls at its own time.
+
+    Args:
+        results: by title, the full model among them.
+        chosen: titles of what was chosen on calibration noise.
+        batch: whose time counts.
+        rivals: names of controls.
+        share: of the full model's measured time.
+
+    Returns:
+        Its title, share of time and distance, each control's distance there, and whether it beats all; ``None`` without measured times.
+    """
+    full = results.get("full model")
+    timed = {t: results[t].time_ms[batch] for t in chosen if t in results and batch in results[t].time_ms}
+    if full is None or batch not in full.time_ms or not timed:
+        return None
+    title = min(timed, key=lambda t: abs(timed[t] / full.time_ms[batch] - share))
+    rows = [
+        v for v in verdicts({t: r for t, r in results.items() if t in (title, "full model") or r.control}, batch) if v["control"] in rivals
+    ]
+    reached = [v for v in rows if v["control_fid"] is not None]
+    best = min(reached, key=lambda v: v["control_fid"], default=None)
+    return {
+        "way": title, "batch": batch, "time_over_full": timed[title] / full.time_ms[batch], "fid": results[title].mean_fid,
+        "controls": {v["control"]: {"fid": v["control_fid"], "verdict": v["verdict"]} for v in rows},
+        "lower_than_all": bool(reached) and all(results[title].mean_fid < v["control_fid"] for v in reached),
+        "beyond_the_spread": bool(reached) and all(v["verdict"] == "better" for v in reached),
+        "best_control": None if best is None else best["control"],
+    }  # fmt: skip
+
+
+def in_turn(ways: Sequence[Way]) -> list[Way]:
+    """Ways in the order in which they matter: what the bar names first, then a setting of each system in turn."""
+    first = ("full model", "few-steps", "ours", "deepcache", "static-schedule")
+
+    def place(way: Way) -> tuple[int, int]:
+        group = "ours" if way.about.get("chosen") else way.name
+        rank = first.index(group) if group in first else len(first)
+        nth = [w.title for w in ways if w.name == way.name].index(way.title)
+        return rank if rank < len(first) else len(first) + nth, nth
+
+    return sorted(ways, key=place)
+
+
+def slug(title: str) -> str:
+    """A title as a file name."""
+    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
+
+
+# ---- the benchmark -------------------------------------------------------------------------------------------------------
+
+
+class Benchmark:
+    """Parts over all families of models; results of each are on disk as they are made."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.budget = args, Budget(args.minutes)
+        self.device = torch.device(args.device)
+        self.dtype = getattr(torch, args.dtype or ("bfloat16" if self.device.type == "cuda" else "float32"))
+        self.work = Path(args.work or Path(args.out).with_suffix("")) if not args.tiny else Path(args.out).with_suffix("")
+        self.work.mkdir(parents=True, exist_ok=True)
+        self.costs = check_costs([float(c) for c in args.costs.split(",")])
+        self.families: dict[str, dict[str, Model]] = {}
+        self._features: dict[str, Features] = {}
+        self._real: dict[str, Tensor] = {}
+        self._full: dict[tuple[str, int], Tensor] = {}
+        self.images = images_of(args)
+        self.sheet = Sheet(
+            args.out,
+            {
+                "benchmark": "diffusion", "dtype": str(self.dtype).removeprefix("torch."), "steps": args.steps, "samples": args.samples,
+                "guidance": args.guidance, "costs": list(self.costs), "calibration": args.calibration,
+                "environment": environment(self.device),
+                "rows": [],
+            },
+            self.budget,
+            same=("benchmark", "dtype", "steps", "samples", "guidance", "costs", "calibration"),
+        )  # fmt: skip
+        self.failed: dict[str, str] = {}
+
+    # ---- what all parts use ------------------------------------------------------------------------------------------------------
+
+    def family(self, name: str) -> dict[str, Model]:
+        """A family of models, cut; segments are compiled where that pays."""
+        if name not in self.families:
+            with self.budget.part(f"load: {name}"):
+                found = load_families(self.args.models, self.device, self.dtype, self.args.guidance, self.args.steps, [name])[name]
+                if self.args.compile and self.device.type == "cuda":
+                    for model in found.values():
+                        model.compile()
+            self.families[name] = found
+        return self.families[name]
+
+    def names(self) -> list[str]:
+        asked = self.args.families.split(",")
+        there = json.loads((Path(self.args.models) / "training.json").read_text())["stages"]
+        return [n for n in asked if n in there]
+
+    def ways(self, name: str) -> list[Way]:
+        """Settings that the part ``plans`` left in the result."""
+        found = self.sheet.content.get("plans", {}).get(name)
+        if not found:
+            return []
+        return in_turn([Way.from_dict(w) for w in found])
+
+    def has(self, **key: Any) -> bool:
+        return any(all(r.get(k) == v for k, v in key.items()) for r in self.sheet.content["rows"])
+
+    @contextlib.contextmanager
+    def trying(self, what: str) -> Iterator[None]:
+        """A setting that fails is written down with its error and does not cost the others; the call then fails at its end."""
+        try:
+            yield
+        except (OfframpError, RuntimeError, ValueError, TypeError) as error:
+            traceback.print_exc()
+            self.failed[what] = f"{type(error).__name__}: {error}"
+            self.sheet.content.setdefault("failed", {})[what] = self.failed[what]
+            self.sheet.write()
+        else:
+            self.sheet.content.get("failed", {}).pop(what, None)
+
+    def features(self) -> dict[str, Features]:
+        """Feature networks, and features of the real images."""
+        if not self._features:
+            real = self.images["train"][0].to(self.device)
+            if self.args.features is not None:
+                self._features = {n: load_features(self.args.features, n, self.device) for n in ("trained", "random")}
+            elif self.args.tiny:
+                torch.manual_seed(0)
+                self._features = {
+                    "trained": frozen(FeatureNet(8, 16, 10, 1).eval()),
+                    "random": frozen(random_net(real, width=8, dimensions=16)),
+                }
+            else:
+                raise SystemExit("--features is needed: the folder that feature_net.py wrote.")
+            self._real = {n: f(real) for n, f in self._features.items()}
+            count = min(self.args.samples, len(real) // 2)
+            floor = fid_floor(self._real["trained"], count)
+            self.sheet.content["features"] = {
+                "folder": None if self.args.features is None else str(self.args.features), "real": len(real),
+                "floor": list(floor.values), "floor_count": floor.count, "floor_mean": floor.mean,
+                "floor_carried_over": floor.at(self.args.samples, len(real)),
+            }  # fmt: skip
+            self.sheet.write()
+        return self._features
+
+    # ---- plans -------------------------------------------------------------------------------------------------------------------
+
+    def plans(self) -> None:
+        for name in self.names():
+            kept = self.sheet.content.setdefault("plans", {})
+            if kept.get(name) and not self.args.again:
+                continue
+            if not self.budget.fits(f"plans: {name}", self.args.guess_plans):
+                continue
+            family = self.family(name)
+            with self.budget.part(f"plans: {name}"), self.trying(f"plans: {name}"):
+                base = family[name]
+                calibration = Calibration.of(base, self.args.calibration, self.args.few, CALIBRATION_SEED)
+                plans = Plans(family, self.images["test"], calibration, self.costs, batch=self.args.sample_batch)
+                found = [plans.full, *plans.controls(), *plans.systems()]
+                if "full" in base.weights:
+                    found.append(Way("trained on", "all blocks", "full", base.steps, control=True))
+                until = max(20.0, self.args.reserve * 60)
+                found += plans.compositions(lambda: self.budget.left > until)
+                kept[name] = [w.to_dict() for w in found]
+                print(f"{name}: {len(found)} settings", flush=True)
+
+    # ---- quality -----------------------------------------------------------------------------------------------------------------
+
+    def quality(self) -> None:
+        self.features()
+        waiting = [
+            (name, seed, way)
+            for seed in range(self.args.seeds)
+            for name in self.names()
+            for way in self.ways(name)
+            if not self.has(group="quality", system=name, way=way.title, rows=seed)
+        ]
+        print(f"{len(waiting)} samplings of {self.args.samples} images to do, {self.budget.left:.0f} s left", flush=True)
+        for name, seed, way in waiting:
+            if self.budget.fits(f"quality {name}: {way.title}, seed {seed}", self.args.guess_quality):
+                with self.budget.part(f"quality {name}: {way.title}, seed {seed}"), self.trying(f"quality {name}: {way.title}"):
+                    self._quality(name, way, seed)
+
+    def reference(self, name: str, seed: int) -> Tensor:
+        """The full model's images of a seed, made where they are not there."""
+        if (name, seed) not in self._full:
+            path = self.work / f"{name}-full-{seed}.pt"
+            if path.is_file():
+                self._full[name, seed] = torch.load(path, map_location=self.device, weights_only=True)
+            else:
+                base = self.family(name)[name]
+                self._full[name, seed] = self._images(name, Way("full model", "", name, base.steps), seed)[0].half()
+                torch.save(self._full[name, seed], path)
+        return self._full[name, seed]
+
+    def _images(self, name: str, way: Way, seed: int) -> tuple[Tensor, dict[str, Any]]:
+        """All images of a seed, and what ran."""
+        family = self.family(name)
+        model, base = model_of(family, way), family[name]
+        denoiser = model.denoiser(way)
+        noise, labels = base.noise(self.args.samples, EVALUATION_SEED + seed)
+        images, shares, kept = [], [], {}
+        for part, (n, c) in enumerate(zip(noise.split(self.args.sample_batch), labels.split(self.args.sample_batch), strict=True)):
+            drawn = model.draw(denoiser, way, n, c)
+            images.append(drawn.images)
+            shares.append(model.share(drawn, base) * len(n))
+            if part == 0 and drawn.report is not None:
+                depth = drawn.report.depth[: len(n)].double() / drawn.report.segments
+                kept = {
+                    "depth": depth, "log_snr": drawn.report.log_snr[0].tolist(), "cache_bytes": drawn.report.cache_bytes / len(n),
+                    "explained": explained_by_step(depth), "within": float(variance_within_step(depth).mean()),
+                }  # fmt: skip
+        return torch.cat(images), {**kept, "flops": sum(shares) / len(noise), "evaluations": drawn.calls}
+
+    def _quality(self, name: str, way: Way, seed: int) -> None:
+        begun = time.monotonic()
+        full = self.reference(name, seed).float()
+        made, ran = self._images(name, way, seed)
+        seconds = time.monotonic() - begun
+        found: dict[str, Any] = {}
+        for kind, network in self.features().items():
+            values, real = network(made), self._real[kind]
+            stats = [FeatureStatistics.of(x, network.network) for x in (real, values)]
+            found["fid" if kind == "trained" else f"fid_{kind}"] = fid(*stats)
+            if kind == "trained":
+                distance = kid(real, values, subsets=self.args.subsets)
+                shares = precision_recall(real[: len(values)], values)
+                found |= {"kid": distance.mean, "kid_spread": distance.spread, "precision": shares.precision, "recall": shares.recall}
+                labels = torch.arange(len(made), device=self.device) % self.family(name)[name].classes
+                found["accuracy"] = float((network.classify(made) == labels).double().mean())
+                torch.save(values.half().cpu(), self.work / f"{name}-{slug(way.title)}-{seed}.features.pt")
+        ratio = psnr(made, full, 2.0)
+        exact = bool(ratio.isinf().all())
+        found |= {"psnr_db": None if exact else float(ratio[ratio.isfinite()].mean()), "relative_l2": float(relative_l2(made, full).mean())}
+        if seed == 0:
+            rows = ran["depth"][:64] if "depth" in ran else None
+            torch.save(
+                {"images": made[:8].half().cpu(), "depth": rows, "log_snr": ran.get("log_snr")}, self.work / f"{name}-{slug(way.title)}.pt"
+            )
+        self.sheet.row(
+            way=way.title, system=name, group="quality", rows=seed, control=way.control, ours=way.ours, model=way.model,
+            flops=ran["flops"], evaluations=ran["evaluations"], **found, explained=ran.get("explained") if way.by_sample else None,
+            within=ran.get("within"), cache_bytes=ran.get("cache_bytes"), made_in_s=seconds,
+        )  # fmt: skip
+
+    # ---- time --------------------------------------------------------------------------------------------------------------------
+
+    def time(self) -> None:
+        for batch in numbers(self.args.batches):
+            for name in self.names():
+                ways = [
+                    w
+                    for w in self.ways(name)
+                    if w.title != "full model" and not self.has(group="time", system=name, way=w.title, rows=batch)
+                ]
+                ready: dict[str, Any] = {}
+                for way in ways:
+                    if self.budget.fits(f"time {name} {batch}: {way.title}", self.args.guess_time):
+                        with self.budget.part(f"time {name} {batch}: {way.title}"), self.trying(f"time {name} {batch}: {way.title}"):
+                            self._time(name, way, batch, ready)
+
+    def uncompiled(self, name: str) -> dict[str, Model]:
+        """A family whose segments are as they were exported: what is captured compiles them itself."""
+        if f"{name}, to time" not in self.families:
+            found = load_families(self.args.models, self.device, self.dtype, self.args.guidance, self.args.steps, [name])[name]
+            self.families[f"{name}, to time"] = found
+        return self.families[f"{name}, to time"]
+
+    def _time(self, name: str, way: Way, batch: int, ready: dict[str, Any]) -> None:
+        """Whole runs and the denoiser's calls alone, each in turn with the full model's."""
+        family = self.uncompiled(name)
+        base, full_way = family[name], Way("full model", "", name, self.args.steps)
+        noise, labels = base.noise(batch, TIMING_SEED)
+        model = model_of(family, way)
+        for key, architecture, plain in (("base", base, full_way), (f"own {id(model)}", model, way)):
+            if key not in ready and (key == "base" or (way.plain and model is not base)):
+                noted: list[dict[str, Any]] = []
+                architecture.sample(Called(architecture.module, architecture.net, noted), plain, noise, labels)
+                ready[key] = (Whole(architecture.net, noted[0]), noted)
+        whole, full_calls = ready["base"]
+        rows = len(next(iter(full_calls[0].values())))
+        functions: dict[str, Callable[[], object]] = {"full": partial(base.sample, Called(whole, base.net), full_way, noise, labels)}
+        counting: Counting | None = None
+        if way.plain:
+            own = whole if model is base else ready[f"own {id(model)}"][0]
+            functions["ours"] = partial(model.sample, Called(own, model.net), way, noise, labels)
+        else:
+            runner: Any = None
+            if way.regions is None:
+                runner = self._runner(model, rows, ready)
+                counting = Counting(runner, len(model.net.cut().segments))
+            denoiser = RegionDenoiser(model.net, way.regions) if way.regions is not None else Denoiser(model.net, way.points, run=counting)
+            noted = []
+            functions["ours"] = partial(model.sample, Called(denoiser, model.net), way, noise, labels)
+            called = Called(denoiser, model.net, noted)
+            model.sample(called, way, noise, labels)
+            if counting is not None:
+                functions["full calls"] = partial(_each, whole, full_calls, None)
+                functions["calls"] = partial(_each, denoiser, noted, called.times)
+                counting.rows = [0] * len(counting.rows)
+                functions["calls"]()
+                ran = list(counting.rows)
+                if f"segments {id(model)}" not in ready:
+                    ready[f"segments {id(model)}"] = Segments(model.net, runner, full_calls[0])
+                segments: Segments = ready[f"segments {id(model)}"]
+                functions["segments"] = segments
+        done = compare(functions, reference="full", warmup=1, repeats=self.args.repeats, device=self.device)
+        ms = {n: t.median_ms for n, t in done.timings.items()}
+        found: dict[str, Any] = {}
+        if counting is not None:
+            each = segments.median_ms()
+            ideal = ideal_ms(ran, rows, each)
+            found = {
+                "calls_ms": ms["calls"], "full_calls_ms": ms["full calls"], "ideal_ms": ideal, "exit_efficiency": ideal / ms["calls"],
+                # Against the whole model's own time, scaled by the share of the work: the stricter yardstick.
+                "exit_efficiency_whole": ms["full calls"] / len(full_calls) * ideal / sum(each) / ms["calls"],
+                "segment_ms": each, "reach": [r / rows / len(full_calls) for r in ran],
+            }  # fmt: skip
+        ratio = done.ratios["ours"]
+        self.sheet.row(
+            way=way.title, system=name, group="time", rows=batch, over_full=ratio.value, over_full_95=[ratio.low, ratio.high],
+            median_ms=ms["ours"], full_ms=ms["full"], **found, samples_ms={n: list(t.samples_ms) for n, t in done.timings.items()},
+        )  # fmt: skip
+
+    def _runner(self, model: Model, rows: int, ready: dict[str, Any]) -> ByBlock:
+        """Graphs that all ways of an architecture share; fewer rows run as quarters of the batch."""
+        key = f"runner {id(model)}"
+        if key not in ready:
+            sizes = sorted({max(1, rows * k // 4) for k in (1, 2, 3, 4)})
+            ready[key] = ByBlock(self.device, self.device.type == "cuda" and self.args.compile, sizes)
+        found: ByBlock = ready[key]
+        return found
+
+    # ---- text --------------------------------------------------------------------------------------------------------------------
+
+    def text(self) -> None:
+        for kind in TEXT:
+            model: TextModel | None = None
+            for batch in numbers(self.args.text_batches):
+                if self.has(group="text", system=kind, rows=batch) or not self.budget.fits(
+                    f"text: {kind}, batch {batch}", self.args.guess_text
+                ):
+                    continue
+                with self.budget.part(f"text: {kind}, batch {batch}"), self.trying(f"text: {kind}, batch {batch}"):
+                    model = model or TextModel(kind, self.args.tiny, self.device, self.dtype, self.args.steps, self.args.guidance)
+                    for row in model.times(batch, self.args.repeats, self.args.compile):
+                        self.sheet.row(system=kind, group="text", rows=batch, **row)
+
+    # ---- page --------------------------------------------------------------------------------------------------------------------
+
+    def page(self) -> None:
+        for name in self.names():
+            ways = {w.title: w for w in self.ways(name)}
+            results = combined(name, self.sheet.content["rows"], ways)
+            if "full model" not in results or len(results) < 2:
+                print(f"{name}: nothing to compare yet", flush=True)
+                continue
+            batches = sorted({b for r in results.values() for b in r.time_ms})
+            chosen = [t for t, w in ways.items() if w.about.get("chosen")]
+            rivals = ("few-steps", "static-schedule", "deepcache")
+            self.sheet.content.setdefault("verdicts", {})[name] = {
+                "seeds": len(results["full model"].fid),
+                "by_flops": verdicts(results, None),
+                "by_time": {str(b): verdicts(results, b) for b in batches},
+                "half_time": [found for b in batches if (found := winner(results, chosen, b, rivals)) is not None],
+                "half_time_any_control": [
+                    found for b in batches if (found := winner(results, chosen, b, sorted({r.name for r in results.values() if r.control})))
+                ],
+            }  # fmt: skip
+            self.sheet.write()
+            self._page(name, ways, results)
+
+    def _page(self, name: str, ways: Mapping[str, Way], results: Mapping[str, ImageResult]) -> None:
+        def kept(title: str) -> dict[str, Any] | None:
+            path = self.work / f"{name}-{slug(title)}.pt"
+            return torch.load(path, weights_only=True) if path.is_file() else None
+
+        full = kept("full model")
+        shown = [
+            t for t in results if t != "full model" and (ways[t].about.get("chosen") or ways[t].setting.endswith(f"{self.costs[-1]:g}"))
+        ]
+        images = {t: found["images"].float() for t in shown[:8] if (found := kept(t)) is not None}
+        depths, levels = {}, []
+        for title in [t for t in results if ways[t].by_sample or ways[t].about.get("chosen")][:8]:
+            found = kept(title)
+            if found is not None and found["depth"] is not None and found["depth"].shape[1] > 1 and bool((found["depth"] >= 0).all()):
+                depths[title] = found["depth"]
+                levels = found["log_snr"]
+        same = {d.shape[1] for d in depths.values()} == {len(levels)}
+        about = self.sheet.content["features"]
+        target = Path(self.args.page or self.work) / f"diffusion-{name}.html"
+        image_report(
+            target, full=results["full model"], results=[r for t, r in results.items() if t != "full model"],
+            features=f"a classifier of the training images; reference: {about['real']:,} of these",
+            images=(full["images"].float(), images) if full is not None and images else None,
+            columns=[f"class {k}" for k in range(8)] if images else (), depths=depths, noise=levels if same else (),
+            title=f"Diffusion: {name}, cost and quality",
+            notes=[
+                f"{self.args.samples:,} images a seed, {self.args.steps} steps, guidance {self.args.guidance:g}, {self.dtype}.",
+                "Settings were chosen on other noise and on held-out images.",
+            ],
+            environment=self.sheet.content["environment"],
+        )  # fmt: skip
+        print(f"wrote {target}", flush=True)
+
+
+def _each(denoiser: torch.nn.Module, calls: Sequence[Mapping[str, Any]], times: Tensor | None) -> None:
+    """A trajectory's calls again, without the sampler."""
+    if isinstance(denoiser, Denoiser):
+        denoiser.reset(times)
+    for inputs in calls:
+        denoiser(**inputs)
+    if isinstance(denoiser, Denoiser):
+        denoiser.release()
+
+
+def estimate(args: argparse.Namespace) -> str:
+    """What a whole run would take on one H100, from the guesses, in words."""
+    return (
+        f"{args.minutes:g} minutes; expected on one H100: plans about {args.guess_plans:g} s a model, quality {args.guess_quality:g} s a "
+        f"setting and seed, time {args.guess_time:g} s a setting and batch size, text {args.guess_text:g} s a model and batch size"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", type=Path, required=True, help="folder that train_diffusion.py wrote")
+    parser.add_argument("--out", type=Path, required=True, help="the result; what is there is gone on with")
+    parser.add_argument("--data", type=Path, default=None, help="images with splits train and test; scikit-learn's digits by default")
+    parser.add_argument("--features", type=Path, default=None, help="folder that feature_net.py wrote")
+    parser.add_argument("--work", type=Path, default=None, help="folder for images and features; beside the result by default")
+    parser.add_argument("--page", type=Path, default=None, help="folder for the HTML pages; WORK by default")
+    parser.add_argument("--parts", default=",".join(PARTS), help="some of these, with commas between")
+    parser.add_argument("--families", default="flow,noise,unet", help="some of these, with commas between")
+    parser.add_argument("--again", action="store_true", help="choose plans anew; rows of changed settings are to be deleted by hand")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default=None, help="bfloat16 on CUDA by default, float32 on a CPU")
+    parser.add_argument("--minutes", type=float, default=9.0, help="of the whole call")
+    parser.add_argument("--reserve", type=float, default=0.5, help="minutes that the choice of compositions leaves")
+    parser.add_argument("--costs", default="0.75,0.6,0.5,0.45")
+    parser.add_argument("--batches", default="64,8,1")
+    parser.add_argument("--text-batches", default="1,8")
+    parser.add_argument("--no-compile", dest="compile", action="store_false")
+    for name, value in {"items": None, "steps": 50, "samples": 10_000, "sample-batch": 1000, "seeds": 3, "calibration": 256, "few": 64,
+                        "repeats": 7, "subsets": 100}.items():  # fmt: skip
+        parser.add_argument(f"--{name}", type=int, default=value)
+    for name, guess in {"plans": 150.0, "quality": 30.0, "time": 25.0, "text": 150.0}.items():
+        parser.add_argument(f"--guess-{name}", type=float, default=guess, help="seconds, until one was seen")
+    parser.add_argument("--guidance", type=float, default=1.5)
+    parser.add_argument("--tiny", action="store_true", help="a trial of everything")
+    args = parser.parse_args(arguments)
+    if args.tiny:
+        trial = {"steps": 8, "samples": 24, "sample_batch": 12, "seeds": 1, "calibration": 4, "few": 2, "repeats": 1, "subsets": 2}
+        trial |= {"costs": "0.6", "batches": "2", "text_batches": "1", "items": 200}
+        trial |= {f"guess_{part}": 1.0 for part in ("plans", "quality", "time", "text")}
+        for name, value in trial.items():
+            if getattr(args, name) == parser.get_default(name):
+                setattr(args, name, value)
+    asked = asked_parts(args.parts, PARTS)
+    torch.set_float32_matmul_precision("high")
+    print(estimate(args), flush=True)
+    bench = Benchmark(args)
+    run_parts({name: getattr(bench, name) for name in PARTS}, asked, bench.sheet)
+    write_json(args.out, bench.sheet.content)
+    if bench.failed:
+        raise SystemExit(f"Failed: {', '.join(bench.failed)}.")
+
+
+if __name__ == "__main__":
+    main()
