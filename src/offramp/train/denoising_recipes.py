@@ -14,7 +14,7 @@ Shapes: ``B`` rows, ``K`` exits, the model's own answer among them and last.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -23,8 +23,7 @@ import torch
 from torch import Tensor
 
 from offramp.core.errors import InvalidInput
-from offramp.policies.denoising import NoiseSchedule, Place, Point
-from offramp.policies.fills import Identity
+from offramp.policies.skips import layer_groups
 from offramp.train.denoising import ExitsView
 from offramp.train.losses import per_item
 from offramp.train.recipe import FinalOnly, Joint, Objective, Recipe, Seen
@@ -194,41 +193,6 @@ class UncertaintyAware(Recipe):
         gap, layer = torch.stack(gaps).sum(), torch.stack(layers).sum()
         total = losses[-1].mean() + self.uncertainty * gap + self.layers * layer
         return Objective(total, tuple(loss.mean() for loss in losses), {"uncertainty": gap, "layers": layer})
-
-
-# ---- LaTtE-Flow ----------------------------------------------------------------------------------------------------------
-
-
-def layer_groups(before: Place, blocks: Sequence[Place], groups: int, edges: Sequence[float]) -> tuple[Point, ...]:
-    """A plan in which each group of consecutive blocks serves the noise levels of one bin, and no other block runs there.
-
-    Blocks are passed over with the state as it is. The first group serves the noisiest bin, where a trajectory begins (LaTtE-Flow, 2025,
-    arXiv 2506.06952). The paper's attention to what earlier blocks attended to, gated by the timestep, is left out: no released code says
-    its exact form.
-
-    Args:
-        before: the place before the first block, where its state is first whole: the patch embedding, say.
-        blocks: the places after all blocks, in order; the model is cut there.
-        groups: number of groups; divides the number of blocks.
-        edges: ascending log-SNRs between the bins, one fewer than groups.
-
-    Raises:
-        InvalidInput: the numbers do not fit.
-    """
-    if groups < 2 or len(blocks) % groups or len(edges) != groups - 1:
-        raise InvalidInput(
-            f"{groups} groups, at least 2, must divide {len(blocks)} blocks and have {groups - 1} edges between their levels; "
-            f"got {len(edges)}."
-        )
-    size, last = len(blocks) // groups, blocks[-1]
-    points = []
-    for group in range(groups):
-        only = NoiseSchedule(tuple(edges), tuple(g == group for g in range(groups)))
-        if group:
-            points.append(Point(before, blocks[group * size - 1], Identity(), only))
-        if group < groups - 1:
-            points.append(Point(blocks[(group + 1) * size - 1], last, Identity(), only))
-    return tuple(points)
 
 
 __all__ = ["TIME_EMBEDDERS", "Holding", "ScheduledDepth", "UncertaintyAware", "layer_groups"]
