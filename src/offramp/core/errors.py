@@ -66,7 +66,7 @@ class NotCuttable(OfframpError):
 
 
 class UnsupportedModel(OfframpError):
-    """A language model that cannot be decoded block by block: the message says what it lacks."""
+    """A model whose blocks or tokens cannot be run by themselves: the message says what it lacks."""
 
 
 class BudgetInfeasible(OfframpError):

@@ -79,7 +79,7 @@ class RegionDenoiser(Denoiser):
         observe: keep which tokens were computed, in ``maps``.
 
     Attributes:
-        maps: by (branch, step) bool ``[B, h, w]``, true where a token was computed; of the last trajectory, if observed.
+        maps: by (branch, step) bool ``[B, N]``, true where a token was computed; of the last trajectory, if observed.
 
     Raises:
         UnsupportedModel: the model cannot compute some tokens alone; the message says why.
