@@ -8,6 +8,7 @@ positional and keyword, scalar and per-row ways of calling; another shape or dty
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,8 @@ from offramp.core.noise import NoiseScale
 from offramp.policies.denoising import INPUT, OUTPUT, Measured, Place, Point
 
 _TIMES = ("timestep", "timesteps", "t", "time")
+_CUTTING = threading.RLock()
+"""Exporting a model is not for two threads at once."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +154,7 @@ class DenoisingNet(nn.Module):
             else repr(v)
             for v in leaves
         )
-        key = (self.device, self.dtype, structure, shapes)
+        key = (sample.device, self.dtype, _autocast(sample.device.type), structure, shapes)
         return Call({n: given[n] for n in sorted(given)}, time, rows, bool(return_dict), key)
 
     def example_call(self) -> Call:
@@ -168,7 +171,7 @@ class DenoisingNet(nn.Module):
         """The model as segments for calls of one form; by default that of the example. Made on first use."""
         call = call or self.example_call()
         if call.key not in self._cuts:
-            with torch.inference_mode(False):  # engines run in it, and writes in place cannot be seen there
+            with _CUTTING, torch.inference_mode(False):  # engines run in it, and writes in place cannot be seen there
                 inputs = tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, call.kwargs)
                 self._cuts[call.key] = cut(self.model, self.at, (), inputs, batch_size=call.rows)
         return self._cuts[call.key]
@@ -196,8 +199,8 @@ class DenoisingNet(nn.Module):
     def head(self, place: int, made: Cut) -> nn.Module | None:
         """The learned head at a boundary, if there is one."""
         name = made.segments[place - 1].name.replace(".", "/") if 0 < place < len(made.segments) else ""
-        found: nn.Module | None = self.heads[name] if name in self.heads else None  # noqa: SIM401  (a ModuleDict has no get)
-        return found
+        # Whoever moves the model may not know of its heads: a pipeline does not.
+        return self.heads[name].to(device=self.device, dtype=self.dtype) if name in self.heads else None
 
     def bind(self, points: Sequence[Point], call: Call | None = None) -> tuple[BoundPoint, ...]:
         """A plan on the cut for calls of one form, every point checked on the example's or the call's inputs.
@@ -287,12 +290,19 @@ def _inputs(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     raise InvalidInput(f"example must be a mapping of keyword inputs, a tuple or (args, kwargs); got {type(example).__name__}.")
 
 
+def _autocast(kind: str) -> torch.dtype | None:
+    """The dtype that a type of device computes in on its own now: what is exported in one holds casts to it."""
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
 def _per_row(time: Any, rows: int, device: torch.device) -> Tensor:
-    """A timestep as ``[rows]``."""
+    """A timestep as ``[rows]``, without waiting for the device."""
     if not isinstance(time, Tensor):
-        time = torch.tensor(time, dtype=torch.float64 if isinstance(time, float) else torch.int64)
+        return torch.full((rows,), time, dtype=torch.float64 if isinstance(time, float) else torch.int64, device=device)
     if time.numel() not in (1, rows) or time.ndim > 1:
         raise InvalidInput(f"The timestep is shaped {tuple(time.shape)}; expected one number, or one per row ({rows}).")
+    if time.device.type == "cpu" and device.type == "cuda":
+        time = time.pin_memory().to(device, non_blocking=True)
     return time.to(device).reshape(-1).expand(rows)
 
 

@@ -95,6 +95,7 @@ class Cut:
         self._in_spec = in_spec
         self._out_spec = out_spec
         self._output_constants = dict(found.constants)
+        self._made: dict[tuple[int, int], tuple[str, ...]] = {}
 
     def live(self, boundary: int) -> tuple[LiveTensor, ...]:
         """What crosses from segment ``boundary - 1`` to segment ``boundary``; 0 asks for the tensor inputs.
@@ -211,8 +212,10 @@ class Cut:
         """
         if not 0 <= start < stop <= len(self.segments):
             raise InvalidInput(f"A skip goes forward inside [0, {len(self.segments)}]; got from {start} to {stop}.")
-        have = set(self.names(start))
-        return tuple(n for n in self.names(stop) if n not in have)
+        if (start, stop) not in self._made:
+            have = set(self.names(start))
+            self._made[start, stop] = tuple(n for n in self.names(stop) if n not in have)
+        return self._made[start, stop]
 
     def skip(self, state: CutState, stop: int, made: Mapping[str, Tensor]) -> CutState:
         """The state at boundary ``stop`` without running the segments before it: what is live stays, the rest is taken from ``made``.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -50,8 +51,13 @@ class VariancePreserving:
         kept = alphas_cumprod.double().cpu()
         return cls(tuple((kept.log() - (1 - kept).log()).clamp(-LIMIT, LIMIT).tolist()))
 
+    @cached_property
+    def _table(self) -> Tensor:
+        with torch.inference_mode(False):  # it outlives the mode that it is first asked for in
+            return torch.tensor(self.levels, dtype=torch.float64)
+
     def log_snr(self, timesteps: Tensor) -> Tensor:
-        table = torch.tensor(self.levels, dtype=torch.float64, device=timesteps.device)
+        table = self._table.to(timesteps.device)
         place = timesteps.double().clamp(0, len(self.levels) - 1)
         low = place.floor().long()
         high = (low + 1).clamp_max(len(self.levels) - 1)

@@ -58,6 +58,7 @@ class Denoiser(nn.Module):
         self._bound: dict[Any, tuple[BoundPoint, ...]] = {}
         self._schedule: Any = None
         self._host: tuple[Tensor, list[float]] | None = None
+        self._levels: dict[float, float] = {}
         self._records: deque[StepRecord] = deque(maxlen=4096)
         self._peak = 0
         net.bind(self.points)
@@ -80,6 +81,7 @@ class Denoiser(nn.Module):
         self._records.clear()
         self._peak = 0
         self._schedule, self._host = timesteps, None
+        self._levels.clear()
 
     def release(self) -> None:
         """Forget what is remembered and keep the report."""
@@ -91,15 +93,23 @@ class Denoiser(nn.Module):
         return Report.of(self._records, self.net.cut().spec.flops, len(self.net.at) + 1, self._peak)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return self._forward(*args, **kwargs)
+        except BaseException:
+            self.trajectory.reset()  # half a step is no step: whoever tries again begins anew
+            raise
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
         with torch.inference_mode(False), torch.no_grad():  # what is remembered may be written to in another mode than it was made in
-            call = self.net.call(*args, **kwargs)
-            made = self.net.cut(call)
+            net = self.net
+            call = net.call(*args, **kwargs)
+            made = net.cut(call)
             if call.key not in self._bound:
-                self._bound[call.key] = self.net.bind(self.points, call)
+                self._bound[call.key] = net.bind(self.points, call)
             points = self._bound[call.key]
-            sample: Tensor = call.kwargs[self.net.sample_name]
+            sample: Tensor = call.kwargs[net.sample_name]
             times, final = self._times(call)
-            log_snr = self.net.noise.log_snr(torch.tensor(times, dtype=torch.float64)).tolist()
+            log_snr = self._log_snr(times)
             branch, why = self.trajectory.enter(times, log_snr, call.key, [p.point.fill.keeps for p in points])
             moment = Moment(log_snr, branch.step, self.trajectory.branch, self._keys(branch, sample))
             if self.trajectory.step == 0 and self.trajectory.branch == 0:
@@ -126,6 +136,17 @@ class Denoiser(nn.Module):
             return tuple(v for v in output.values() if v is not None)
         return output if isinstance(output, tuple) else (output,)
 
+    def _log_snr(self, times: list[float]) -> list[float]:
+        """Noise level of every row; each timestep is asked for once in a trajectory, so that equal ones have equal levels."""
+        if missing := [t for t in dict.fromkeys(times) if t not in self._levels]:
+            if len(self._levels) > 4096:
+                self._levels.clear()
+                missing = list(dict.fromkeys(times))
+            if self._host is not None and self._host[0].ndim == 1:  # all that are to come at once
+                missing = list(dict.fromkeys([*missing, *self._host[1]]))
+            self._levels |= zip(missing, self.net.noise.log_snr(torch.tensor(missing, dtype=torch.float64)).tolist(), strict=True)
+        return [self._levels[t] for t in times]
+
     def _times(self, call: Call) -> tuple[list[float], list[bool]]:
         """Every row's timestep on the host, read from the sampler's list where it is an entry of it, and whether it is the row's last."""
         if self._host is None and self._schedule is not None:
@@ -144,7 +165,8 @@ class Denoiser(nn.Module):
         ends = self._host[1]
         each: list[Any] = [e[-1] for e in ends] if ends and isinstance(ends[0], list) else [ends[-1]] * call.rows  # type: ignore[index]
         each = each if len(each) == call.rows else each * (call.rows // len(each))
-        return times, [math.isclose(t, e, rel_tol=1e-6, abs_tol=1e-9) for t, e in zip(times, each, strict=True)]
+        last = {pair: math.isclose(*pair, rel_tol=1e-6, abs_tol=1e-9) for pair in set(zip(times, each, strict=True))}
+        return times, [last[pair] for pair in zip(times, each, strict=True)]
 
     def _keys(self, branch: Branch, sample: Tensor) -> list[int]:
         """A number of every row from its first input, if a signal asks for it."""

@@ -1,7 +1,7 @@
 """A denoiser's segments compiled, and on CUDA captured as graphs by number of rows.
 
-Segments between two decisions are one function, so that a compiler sees them whole. Each is captured for the rows of a call and for powers
-of two below: fewer rows run in the next larger size, and what the rows beyond them hold is computed along and read by nobody. A step that
+Segments between two decisions are one function, so that a compiler sees them whole. Each is captured for the rows of a call and for some
+sizes below: fewer rows run in the next larger size, and what the rows beyond them hold is computed along and read by nobody. A step that
 is known beforehand and the same for every row is one graph, memories included: one for every depth of a schedule. What lies between two
 places of a plan is compiled once and is part of many graphs.
 
@@ -66,7 +66,7 @@ class _Step:
                 for name, tensor in held[0].items():
                     tensor.copy_(new[name])
 
-        self._graph = run.recorder.graph(call)
+        self._graph = run.capture(call)
         for i, held in saved.items():  # capturing has run it
             for snapshot, before in zip(self.memory[i], held, strict=True):
                 for name, tensor in snapshot.items():
@@ -87,7 +87,8 @@ class Captured:
     Args:
         device: where the denoiser is.
         compiled: run through ``torch.compile``, for each number of rows by itself.
-        sizes: numbers of rows to capture besides that of the whole call, ascending; by default the powers of two.
+        sizes: numbers of rows to capture besides that of the whole call, ascending; by default powers of two up to an eighth of the whole,
+            at least 4, and multiples of that beyond.
         most: graphs that are kept; of more, the oldest are given up.
     """
 
@@ -114,8 +115,10 @@ class Captured:
         whole = self._rows.get(cut, rows)
         if rows >= whole:
             return rows
-        fitting = (s for s in self.sizes if s >= rows) if self.sizes is not None else iter([1 << (rows - 1).bit_length()])
-        return min(next(fitting, whole), whole)
+        if self.sizes is not None:
+            return min(next((s for s in self.sizes if s >= rows), whole), whole)
+        part = max(4, -(-whole // 8))
+        return min(1 << (rows - 1).bit_length() if rows <= part else -(-rows // part) * part, whole)
 
     def __call__(self, cut: Cut, state: CutState, stop: int) -> CutState:
         if state.at == stop:
@@ -180,7 +183,6 @@ class Captured:
             if i in step.memory:
                 held = min(len(memories[i].snapshots) + 1, points[i].point.fill.keeps)
                 memories[i].snapshots = step.memory[i][:held]
-                memories[i].broken = [torch.zeros(work.rows, dtype=torch.bool, device=self.device)] * held
         return {n: t.clone() for n, t in step.outputs.items()}
 
     def room(self, owner: Any, work: Work, index: int, like: Tensors) -> list[dict[str, Tensor]]:
@@ -191,6 +193,15 @@ class Captured:
             # The points are kept too, so that no others take their place in the key.
             self._rooms[key] = ([{n: torch.zeros_like(t) for n, t in like.items()} for _ in range(keeps)], work.points)
         return self._rooms[key][0]
+
+    def capture(self, call: Callable[[], None]) -> Graph:
+        """A call as a graph."""
+        before = torch.is_autocast_cache_enabled()
+        torch.set_autocast_cache_enabled(False)  # the casts that it would keep end with the caller's autocast, and the graph does not
+        try:
+            return self.recorder.graph(call)
+        finally:
+            torch.set_autocast_cache_enabled(before)
 
     def _capture(self, key: Any, cut: Cut, state: CutState, stop: int, size: int, given: dict[str, Tensor]) -> _Span:
         while len(self._spans) >= self.most:
@@ -207,7 +218,7 @@ class Captured:
             for place, new in zip(span.made, function(*span.inputs.values()), strict=True):
                 place.copy_(new)
 
-        span.graph = self.recorder.graph(call)
+        span.graph = self.capture(call)
         span.graph.replay()  # what was captured has not run
         self._spans[key] = span
         return span

@@ -45,6 +45,12 @@ class StepRecord:
         rows = len(self.log_snr)
         self.depth, self.flops, self.fired = [0] * rows, [0] * rows, [[] for _ in range(rows)]
 
+    def spend(self, rows: Sequence[int], depth: int, flops: int) -> None:
+        """Count what some rows ran."""
+        for r in rows:
+            self.depth[r] += depth
+            self.flops[r] += flops
+
 
 @dataclass(frozen=True)
 class Report:

@@ -69,7 +69,10 @@ class Walk:
 
     def __post_init__(self) -> None:
         self.rows = len(self.moment.log_snr)
-        self.noise = [noise_share(x) for x in self.moment.log_snr]
+        self.everyone = list(range(self.rows))
+        share = {x: noise_share(x) for x in set(self.moment.log_snr)}
+        self.noise = [share[x] for x in self.moment.log_snr]
+        self.level: Tensor | None = None
         self.landing: dict[int, list[_Group]] = {}
         self.open: dict[int, _Open] = {}
         self.passed: dict[int, _Group] = {}
@@ -80,7 +83,7 @@ class Walk:
         """From the first boundary to the last, stopping where a point or its signal has something to see."""
         last = len(self.cut.segments)
         stops = sorted({0, last, *self.since, *(b for p in self.points for b in (p.start, p.stop))})
-        group: _Group | None = _Group(list(range(self.rows)), state)
+        group: _Group | None = _Group(self.everyone, state)
         for boundary, following in zip(stops, [*stops[1:], last], strict=True):
             group = self._joined([*([group] if group else []), *self.landing.pop(boundary, [])])
             if group is None:
@@ -101,17 +104,14 @@ class Walk:
                 if point.start == boundary and point.point.remembers:
                     self._open(point, group)
             state = self.run(self.cut, group.state, following)
-            spent = sum(s.flops for s in self.cut.spec.segments[boundary:following])
-            for r in group.rows:
-                self.record.depth[r] += following - boundary
-                self.record.flops[r] += spent
+            self.record.spend(group.rows, following - boundary, sum(s.flops for s in self.cut.spec.segments[boundary:following]))
             group = _Group(group.rows, state)
         if group is None:
             raise RuntimeError("No row reached the output; this is a defect in the walk over the boundaries.")
         for index, memory in enumerate(self.branch.memories):
             stored = self.record.stored.get(index, set())
-            memory.skipped([r for r in range(self.rows) if r not in stored])
-        state = self._rows_of(group, list(range(self.rows)))
+            memory.skipped([r for r in self.everyone if r not in stored])
+        state = self._rows_of(group, self.everyone)
         if self.run.reuses and state is group.state:
             state = replace(state, values={n: t.clone() for n, t in state.values.items()})
         return state
@@ -122,8 +122,10 @@ class Walk:
             self.indices[key] = on_device(key, torch.int64, self.sample.device)
         return self.indices[key]
 
-    def _levels(self, rows: Sequence[int]) -> Tensor:
-        return on_device([self.moment.log_snr[r] for r in rows], torch.float32, self.sample.device)
+    def _levels(self, rows: list[int]) -> Tensor:
+        if self.level is None:
+            self.level = on_device(self.moment.log_snr, torch.float32, self.sample.device)
+        return self._some(self.level, rows)
 
     def _joined(self, groups: Sequence[_Group]) -> _Group | None:
         if not groups:
@@ -145,7 +147,7 @@ class Walk:
 
     def _some(self, tensor: Tensor, rows: list[int]) -> Tensor:
         """Rows of a tensor that has all of them."""
-        return tensor if rows == list(range(self.rows)) else tensor.index_select(0, self._index(rows))
+        return tensor if rows == self.everyone else tensor.index_select(0, self._index(rows))
 
     def _watched(self, point: BoundPoint, group: _Group) -> tuple[Tensor, ...]:
         signal = point.point.signal
@@ -167,12 +169,9 @@ class Walk:
         if point.point.threshold == math.inf:
             return group
         memory = self.branch.memories[point.index]
-        asked = []
-        for row in group.rows:
-            if reason := must_compute(point, self.branch, memory, row, self.final[row], self.why):
-                self.record.reasons[point.index, reason] += 1
-            else:
-                asked.append(row)
+        reasons = [must_compute(point, self.branch, memory, row, self.final[row], self.why) for row in group.rows]
+        asked = [row for row, reason in zip(group.rows, reasons, strict=True) if not reason]
+        self.record.reasons.update((point.index, reason) for reason in reasons if reason)
         if not asked:
             return group
         signal = point.point.signal
@@ -182,13 +181,13 @@ class Walk:
         else:
             codes = self._measured(point, signal, memory, _Group(asked, self._rows_of(group, asked)))
         names = {1: "skipped", 0: "score", -1: "not finite", -2: "missing"}
-        for code in codes:
-            self.record.reasons[point.index, names[code]] += 1
+        self.record.reasons.update((point.index, names[code]) for code in codes)
         gone = [r for r, code in zip(asked, codes, strict=True) if code == 1]
         if not gone:
             return group
         self._skip(point, memory, _Group(gone, self._rows_of(group, gone)))
-        left = [r for r in group.rows if r not in set(gone)]
+        away = set(gone)
+        left = [r for r in group.rows if r not in away]
         return _Group(left, self._rows_of(group, left)) if left else None
 
     def _measured(self, point: BoundPoint, signal: Measured, memory: Memory, asked: _Group) -> list[int]:
@@ -200,8 +199,7 @@ class Walk:
         if reference is not None and any(a.shape != b.shape or a.dtype != b.dtype for a, b in zip(now, reference, strict=True)):
             return [-2] * len(asked.rows)
         score = signal.score(now, reference, self._levels(asked.rows), point.head)
-        for r in asked.rows:
-            self.record.flops[r] += point.head_flops
+        self.record.spend(asked.rows, 0, point.head_flops)
         if self.observe:
             self.record.scores.append((point.index, tuple(asked.rows), score.detach()))
         sound = score.isfinite()
@@ -220,18 +218,28 @@ class Walk:
             remembered = [{n: self._some(t, rows) for n, t in s.items()} for s in memory.snapshots]
             weights = None
             if fill.keeps > 1:
-                each = [fill.coefficients(self.noise[r], memory.noise[r])[: len(remembered)] for r in rows]
-                weights = on_device(each, torch.float32, self.sample.device)
+                weights = on_device(self._coefficients(point, memory, rows, len(remembered)), torch.float32, self.sample.device)
             made = fill.fill(self._start(point, state), remembered, weights)
         if point.stop == len(self.cut.segments):  # the caller may write into what it is given
             made = {n: t.clone() for n, t in made.items()}
         self.landing.setdefault(point.stop, []).append(_Group(rows, self.cut.skip(state, point.stop, made)))
+        self.record.spend(rows, 0, point.fill_flops)
         for r in rows:
-            self.record.flops[r] += point.fill_flops
             self.record.fired[r].append(point.index)
         for other in self.points:  # what is under way across this place is not computed any more
             if other.index in self.open and other.start <= point.start < other.stop:
                 self.open[other.index].dirty.update(rows)
+
+    def _coefficients(self, point: BoundPoint, memory: Memory, rows: list[int], held: int) -> list[list[float]]:
+        """Weights of the remembered steps for each row; rows that remember the same steps have the same."""
+        found: dict[tuple[float, ...], list[float]] = {}
+        each = []
+        for r in rows:
+            key = (self.noise[r], *memory.noise[r])
+            if key not in found:
+                found[key] = point.point.fill.coefficients(self.noise[r], memory.noise[r])[:held]
+            each.append(found[key])
+        return each
 
     def _open(self, point: BoundPoint, group: _Group) -> None:
         if point.point.threshold == math.inf:
@@ -265,9 +273,10 @@ class Walk:
             made = {n: state.values[n] for n in point.made}
             kept = dict(fill.remember({n: of(t) for n, t in opened.start.items()}, made))
         watched = tuple(of(t) for t in opened.watched)
-        where = None if rows == list(range(self.rows)) else self._index(rows)
+        where = None if rows == self.everyone else self._index(rows)
         if where is None and (self.run.reuses or point.stop == len(self.cut.segments)):  # the caller may write into what it is given
             kept = {n: t.clone() for n, t in kept.items()}
             watched = tuple(t.clone() for t in watched)
-        self.branch.memories[point.index].store(rows, where, kept, watched, self.noise)
+        measured = isinstance(point.point.signal, Measured)
+        self.branch.memories[point.index].store(rows, where, kept, watched, self.noise, check=measured)
         self.record.stored[point.index] = set(rows)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -153,10 +154,15 @@ def _start(p: BoundPoint, state: CutState) -> dict[str, Tensor]:
 
 def is_straight(points: Sequence[BoundPoint], branch: Branch, moment: Moment, final: Sequence[bool]) -> bool:
     """Whether every decision of a call is known beforehand and the same for all rows."""
-    if any(not isinstance(p.point.signal, Scheduled) or isinstance(p.point.signal, Chance) for p in points):
+    live = [p.point.signal for p in points if p.point.threshold != math.inf]
+    if any(not isinstance(s, Scheduled) or isinstance(s, Chance) for s in live):
         return False
-    same = all(len(set(column)) == 1 for column in (moment.log_snr, branch.step, final))
-    return same and all(all(n == m.noise[0] for n in m.noise) and len(set(m.age)) == 1 for m in branch.memories)
+
+    def same(column: Sequence[Any]) -> bool:
+        return column.count(column[0]) == len(column)
+
+    columns = (moment.log_snr, branch.step, final, *(c for m in branch.memories for c in (m.noise, m.age)))
+    return all(same(c) for c in columns)
 
 
 def straight_path(points: Sequence[BoundPoint], last: int, branch: Branch, moment: Moment, final: bool, why: str) -> Path:

@@ -28,7 +28,7 @@ class Memory:
         snapshots: what the fill keeps of them, newest first, each ``[B, ...]`` by name.
         noise: noise level of each, newest first; empty where nothing is remembered.
         reference: what the signal watched in the last computed step.
-        broken: ``[B]`` for every snapshot, whether it holds a number that is not finite.
+        broken: ``[B]`` for every snapshot, whether it holds a number that is not finite; none where nobody asks.
         age: steps since the last computed one.
     """
 
@@ -44,7 +44,16 @@ class Memory:
         self.noise = self.noise or [[] for _ in range(self.rows)]
         self.age = self.age or [0] * self.rows
 
-    def store(self, rows: Sequence[int], index: Tensor | None, kept: Tensors, watched: tuple[Tensor, ...], noise: Sequence[float]) -> None:
+    def store(
+        self,
+        rows: Sequence[int],
+        index: Tensor | None,
+        kept: Tensors,
+        watched: tuple[Tensor, ...],
+        noise: Sequence[float],
+        *,
+        check: bool = True,
+    ) -> None:
         """Remember a computed step of some rows.
 
         Args:
@@ -53,24 +62,18 @@ class Memory:
             kept: what the fill keeps, ``[R, ...]`` by name.
             watched: what the signal watched, each ``[R, ...]``.
             noise: noise level of each row of the batch.
+            check: note which rows of ``kept`` are finite: for points that measure. A schedule reuses without a look at any tensor.
         """
         depth = max(self.depth, 1)
         for r in rows:
             self.noise[r] = [noise[r], *self.noise[r]][:depth]
             self.age[r] = 0
         if kept:
-            bad = ~torch.stack([_finite(t) for t in kept.values()]).all(0)
-            if index is None:
-                self.snapshots = [dict(kept), *self.snapshots][:depth]
-                self.broken = [bad, *self.broken][:depth]
-            else:  # never in place: what is remembered may be shared with the state or with another point's memory
-                if len(self.snapshots) < depth:
-                    self.snapshots = [*self.snapshots, {n: t.new_zeros(self.rows, *t.shape[1:]) for n, t in kept.items()}]
-                    self.broken = [*self.broken, bad.new_zeros(self.rows)]
-                newer = [kept, *({n: t[index] for n, t in s.items()} for s in self.snapshots[:-1])]
-                self.snapshots = [{n: s[n].index_copy(0, index, m[n]) for n in s} for s, m in zip(self.snapshots, newer, strict=True)]
-                worse = [bad, *(b[index] for b in self.broken[:-1])]
-                self.broken = [b.index_copy(0, index, m) for b, m in zip(self.broken, worse, strict=True)]
+            if check:
+                self.broken = _pushed(self.broken, _broken(kept), index, self.rows, depth)
+            names = list(kept)
+            columns = [_pushed([s[n] for s in self.snapshots], kept[n], index, self.rows, depth) for n in names]
+            self.snapshots = [dict(zip(names, held, strict=True)) for held in zip(*columns, strict=True)]
         if watched:
             before: Sequence[Tensor | None] = self.reference or [None] * len(watched)
             self.reference = tuple(_placed(old, new, index, self.rows) for old, new in zip(before, watched, strict=True))
@@ -98,8 +101,21 @@ def on_device(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -
     return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
 
 
-def _finite(tensor: Tensor) -> Tensor:
-    return tensor.isfinite().flatten(1).all(1)
+def _broken(kept: Tensors) -> Tensor:
+    """``[R]``: whether a row of any tensor holds a number that is not finite."""
+    sound = [t.isfinite().flatten(1).all(1) for t in kept.values()]
+    return ~(sound[0] if len(sound) == 1 else torch.stack(sound).all(0))
+
+
+def _pushed(held: list[Tensor], new: Tensor, index: Tensor | None, rows: int, depth: int) -> list[Tensor]:
+    """The last values with a new one before them, ``depth`` at most; those of other rows than ``index`` stay where they are."""
+    if index is None:
+        return [new, *held][:depth]
+    if len(held) < depth:
+        held = [*held, new.new_zeros(rows, *new.shape[1:])]
+    newer = [new, *(t[index] for t in held[:-1])]
+    # Never in place: what is remembered may be shared with the state or with another point's memory.
+    return [old.index_copy(0, index, t) for old, t in zip(held, newer, strict=True)]
 
 
 def _placed(old: Tensor | None, new: Tensor, index: Tensor | None, rows: int) -> Tensor:
@@ -110,11 +126,20 @@ def _placed(old: Tensor | None, new: Tensor, index: Tensor | None, rows: int) ->
 
 @dataclass
 class Branch:
-    """Of one guidance branch: a memory per point, the step and the key of every row, and the step it was last called at."""
+    """Of one guidance branch.
+
+    Attributes:
+        memories: one per point.
+        step: of every row.
+        visited: the step it was last called at.
+        form: of its calls.
+        keys: of every row.
+    """
 
     memories: list[Memory]
     step: list[int]
     visited: int
+    form: Any = None
     keys: list[int] = field(default_factory=list)
 
 
@@ -122,8 +147,9 @@ class Trajectory:
     """Everything a denoiser remembers. Also finds out which call this is: a branch of the same step, the next step, or a new trajectory.
 
     Rows are new where their noise level rises again. All of them are where the number of rows, their shape or dtype changes. Calls at the
-    same timesteps are guidance branches in the order in which they come, each with memories of its own. A branch that missed a step starts
-    anew. In one call with both guidance branches every row has its own memory anyway.
+    same timesteps are guidance branches in the order in which they come, each with memories and a form (the length of its text) of its own.
+    A branch that missed a step starts anew. In one call with both guidance branches every row has its own memory anyway. Samplers that call
+    the model twice at a timestep (Heun) are two branches too.
     """
 
     def __init__(self) -> None:
@@ -134,7 +160,6 @@ class Trajectory:
         self.branches: dict[int, Branch] = {}
         self.times: list[float] = []
         self.log_snr: list[float] = []
-        self.form: Any = None
         self.step = -1
         self.branch = 0
 
@@ -152,12 +177,13 @@ class Trajectory:
         """
         rows = len(times)
         why = ""
-        if self.form is not None and (self.form != form or len(self.times) != rows):
+        again = times == self.times
+        if self.branches and (len(self.times) != rows or (not again and self.branches[0].form != form)):
             self.reset()
             why = "shape"
-        if times == self.times and self.branch + 1 < MAX_BRANCHES:
+        if again and self.branch + 1 < MAX_BRANCHES:
             self.branch += 1
-        elif times == self.times:
+        elif again:
             self.reset()
             self.step = 0
         else:
@@ -171,11 +197,11 @@ class Trajectory:
                     branch.step[r] = -1
             self.branch = 0
             self.step += 1
-        self.times, self.log_snr, self.form = times, log_snr, form
+        self.times, self.log_snr = times, log_snr
         found = self.branches.get(self.branch)
-        if found is None or found.visited != self.step - 1:
-            why = why or ("gap" if found is not None else "first")
-            found = self.branches[self.branch] = Branch([Memory(rows, d) for d in depths], [-1] * rows, self.step)
+        if found is None or found.visited != self.step - 1 or found.form != form:
+            why = why or ("first" if found is None else "shape" if found.form != form else "gap")
+            found = self.branches[self.branch] = Branch([Memory(rows, d) for d in depths], [-1] * rows, self.step, form)
         found.visited = self.step
         found.step = [s + 1 for s in found.step]
         return found, why

@@ -7,7 +7,7 @@ and whatever graphs left in the memory that they share is spoilt when another on
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -43,7 +43,7 @@ class _Recording(TorchDispatchMode):
 class Tape:
     """Takes the place of `offramp.engines.capture.Graph`."""
 
-    everything: list[Tape] = []
+    everything: ClassVar[list[Tape]] = []
 
     def __init__(self, function: Callable[[], object], device: torch.device, pool: Any) -> None:
         for _ in range(2):  # warm up, as on CUDA
