@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from denoise_models import Toy, ToyHead, toy
+from denoise_models import BLOCKS, TOY_PLACES, Toy, ToyHead, dit, example, toy
 from torch import Tensor
 
-from offramp.core.noise import noise_share
-from offramp.diffusion import DenoisingNet
+from offramp.core.noise import FlowMatching, noise_share
+from offramp.diffusion import DenoisingNet, attach_denoiser
 from offramp.engines.denoise import Denoiser
+from offramp.engines.denoise_graphs import Captured
+from offramp.engines.denoise_run import Eager
 from offramp.policies.denoising import (
     FREE,
     INPUT,
@@ -350,3 +352,85 @@ def test_the_model_is_left_as_it_was() -> None:
 def test_the_bounded_coordinate_is_the_flows_own_time() -> None:
     for sigma in (0.05, 0.3, 0.9):
         assert noise_share(2 * math.log((1 - sigma) / sigma)) == pytest.approx(sigma)
+
+
+def test_after_an_error_in_the_middle_of_a_call_a_trajectory_begins_anew(net: DenoisingNet) -> None:
+    plan = PLANS["state change"]
+    runner, plain = Denoiser(net, plan), Denoiser(net, plan)
+    x, y = draw(2)
+    runner(x, torch.full((2,), 900), y)
+
+    class Fails(Eager):
+        def __call__(self, cut: Any, state: Any, stop: int) -> Any:
+            raise RuntimeError("out of memory")
+
+    run, runner.run = runner.run, Fails()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        runner(x, torch.full((2,), 800), y)
+    runner.run = run
+    assert runner.trajectory.cache_bytes == 0
+    for time in (800, 700):  # the step is tried again: it is no guidance branch of the one that failed
+        assert torch.equal(runner(x, torch.full((2,), time), y), plain(x, torch.full((2,), time), y))
+        assert runner.trajectory.branch == 0
+    assert torch.equal(runner.report.depth, plain.report.depth)
+
+
+class Texted(Toy):
+    """Takes a text of any length, as its mean."""
+
+    def forward(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        return super().forward(x + text.mean(1, keepdim=True), t)
+
+
+def test_guidance_branches_may_have_texts_of_different_lengths() -> None:
+    torch.manual_seed(3)
+    example = {"x": torch.randn(2, 6, 4), "t": torch.tensor([500, 300]), "text": torch.randn(2, 5, 4)}
+    net = attach_denoiser(Texted().eval(), TOY_PLACES, noise=FlowMatching(), example=example)
+    runner = Denoiser(net, [Point("blocks.0", -1, CachedOutput(), Every(3))])
+    x = torch.randn(2, 6, 4)
+    for time in (900, 800, 700, 600):
+        for length in (5, 9):
+            runner(x, torch.full((2,), time), text=torch.ones(2, length, 4))
+    assert runner.report.depth.tolist() == [[6, 3, 3, 6]] * 4
+    assert (0, "shape") not in runner.report.reasons
+    runner(x, torch.full((2,), 500), text=torch.ones(2, 7, 4))  # that of the first branch has changed: all begins anew
+    assert runner.report.reasons == {(0, "shape"): 2}
+
+
+def test_autocast_is_as_in_the_model() -> None:
+    net = attach_denoiser(dit(3), BLOCKS[:3], noise=FlowMatching(), example=example())
+    runner = Denoiser(net)
+    given = example(2)
+    assert torch.equal(runner(**given).sample, net.model(**given).sample)
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        want = net.model(**given).sample
+        assert torch.equal(runner(**given).sample, want) and want.dtype == torch.bfloat16
+        assert torch.is_autocast_cache_enabled()
+    assert torch.equal(runner(**given).sample, net.model(**given).sample)
+    assert len(net._cuts) == 2
+
+
+def test_heads_follow_a_model_that_is_moved_by_itself() -> None:
+    net = toy({"blocks.1": ToyHead()})
+    net.model.to(torch.bfloat16)
+    runner = Denoiser(net, [Point("blocks.1", OUTPUT, HeadOutput(), NoiseLevel(), ALWAYS)])
+    x, y = draw(2)
+    assert runner(x.bfloat16(), torch.full((2,), 900), y).dtype == torch.bfloat16
+
+
+def test_a_timestep_may_be_a_number(net: DenoisingNet) -> None:
+    x, y = draw(3)
+    runner = Denoiser(net)
+    want = net.model(x, torch.full((3,), 400), y)
+    for time in (400, torch.tensor(400), torch.tensor([400]), torch.full((3,), 400)):
+        runner.reset()
+        assert torch.equal(runner(x, time, y), want)
+    assert len({id(net.cut(net.call(x, t, y))) for t in (400, torch.tensor(400))}) == 1
+
+
+def test_points_that_never_fire_do_not_keep_a_step_from_running_in_one_piece(net: DenoisingNet) -> None:
+    never = Point("blocks.0", -1, CachedOutput(), StateChange(), math.inf)
+    run = Captured(torch.device("cpu"), compiled=False)
+    x, y = draw(3)
+    trajectory(Denoiser(net, [never, Point("blocks.1", -1, Identity(), NoiseLevel(), 0.0)], run=run), x, y)
+    assert run._steps and not run._spans

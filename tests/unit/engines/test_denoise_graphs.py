@@ -154,6 +154,9 @@ def test_rows_run_in_the_next_size_and_what_was_there_before_does_not_matter(net
     assert (run.size(made, 5), run.size(made, 64)) == (5, 64)
     run._rows[made] = 6
     assert [run.size(made, r) for r in range(1, 7)] == [1, 2, 4, 4, 6, 6]
+    run._rows[made] = 64
+    assert sorted({run.size(made, r) for r in range(1, 65)}) == [1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64]
+    assert all(r <= run.size(made, r) < r + 8 for r in range(1, 65))
     assert [Captured(CPU, sizes=(3,)).size(made, r) for r in (1, 5)] == [1, 5]  # no call has been seen
     few = Captured(CPU, compiled=False, sizes=(3,))
     few._rows[made] = 6
