@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -138,8 +139,8 @@ def attach_lm(
     blocks = len(found)
     if exits is None:
         exits = _placed(system, blocks)
-    elif not exits or not all(type(e) is int and 0 < e < blocks for e in exits) or list(exits) != sorted(set(exits)):
-        raise InvalidInput(f"exits must be ascending numbers of blocks from 1 to {blocks - 1}, got {list(exits)}.")
+    else:
+        exits = _depths(exits, blocks)
     if head is None and system is not None:
         head = system.head
     given = head if head is not None else Shared()
@@ -150,6 +151,18 @@ def attach_lm(
         if isinstance(spec, type) or not isinstance(spec, LMHeadSpec):
             raise InvalidInput(f"A head is a part such as Shared() or Adapter(), got {spec!r}.")
     return _attached(found, exits, specs)
+
+
+def _depths(exits: Sequence[int], blocks: int) -> list[int]:
+    """Exits as whole numbers of whatever type, ascending and inside the model."""
+    given = list(exits)
+    try:
+        found = [operator.index(e) for e in given if not isinstance(e, bool)]
+    except TypeError:
+        found = []
+    if not found or len(found) != len(given) or found != sorted(set(found)) or not all(0 < e < blocks for e in found):
+        raise InvalidInput(f"exits must be ascending numbers of blocks from 1 to {blocks - 1}, got {given}.")
+    return found
 
 
 def _attached(found: Decoder, exits: Sequence[int], specs: Sequence[LMHeadSpec]) -> LanguageModel:

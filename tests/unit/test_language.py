@@ -111,6 +111,8 @@ def test_heads_must_be_parts_and_one_each(model):
     for wrong in ([], [0], [6], [3, 2], [1.5], ["1"], [True], [2, 2]):
         with pytest.raises(InvalidInput, match="ascending numbers of blocks from 1 to 5"):
             attach_lm(model, wrong)
+    for right in ((1, 3), range(1, 4, 2), torch.tensor([1, 3])):
+        assert attach_lm(model, right).exits == (1, 3)
 
 
 def test_heads_given_as_modules_cannot_be_saved(model, tmp_path):

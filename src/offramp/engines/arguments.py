@@ -259,7 +259,7 @@ def token_ids(
     """Prompts as token ids, one list a row.
 
     Args:
-        prompts: lists of ids; ids as a tensor ``[B, P]`` or ``[P]``; a text or texts; or a tokenizer's answer with ``input_ids``.
+        prompts: lists of ids; a tensor or an array of ids ``[B, P]`` or ``[P]``; a text or texts; or what a tokenizer answers.
         attention_mask: ``[B, P]``, 0 where a tensor is padded, on the left or on the right.
         tokenizer: of transformers, for texts.
         pad: id of padding. Without a mask, a tensor's rows are padded where they begin with it, unless it is also an end (transformers
@@ -274,6 +274,8 @@ def token_ids(
         return token_ids(prompts["input_ids"], mask, tokenizer, pad, ends)
     if isinstance(prompts, str):
         prompts = [prompts]
+    if hasattr(prompts, "__array__") and not isinstance(prompts, Tensor):
+        prompts = torch.as_tensor(prompts)
     if isinstance(prompts, Tensor):
         return _from_tensor(prompts, attention_mask, pad, ends)
     if not isinstance(prompts, Sequence) or not len(prompts):
@@ -284,7 +286,7 @@ def token_ids(
         if tokenizer is None:
             raise InvalidInput("Texts need a tokenizer: give tokenizer=AutoTokenizer.from_pretrained(...), or token ids.")
         return [[int(i) for i in tokenizer(text)["input_ids"]] for text in prompts]
-    rows = [prompts] if all(isinstance(p, int) for p in prompts) else prompts
+    rows = [prompts] if all(isinstance(p, numbers.Integral) for p in prompts) else prompts
     if not all(isinstance(row, Sequence | Tensor) and not isinstance(row, str) for row in rows):
         raise InvalidInput("prompts must be all texts or all lists of token ids; got a mixture.")
     masks = [None] * len(rows) if attention_mask is None else attention_mask if rows is prompts else [attention_mask]

@@ -8,6 +8,7 @@ blocks by position, so that none are ever missed. Engines carry them out; system
 from __future__ import annotations
 
 import math
+import numbers
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -63,8 +64,12 @@ class Copy:
 Fill = CatchUp | Recompute | Copy
 
 
+def _whole(number: object) -> bool:
+    return isinstance(number, numbers.Integral) and not isinstance(number, bool)
+
+
 def _check_cap(cap: int) -> None:
-    if type(cap) is not int or cap < 1:
+    if not _whole(cap) or cap < 1:
         raise InvalidInput(f"cap must be a whole number, at least 1, got {cap!r}.")
 
 
@@ -132,9 +137,9 @@ class Verify:
     exit_index: int = 0
 
     def __post_init__(self) -> None:
-        if type(self.draft_length) is not int or self.draft_length < 1:
+        if not _whole(self.draft_length) or self.draft_length < 1:
             raise InvalidInput(f"draft_length must be a whole number, at least 1, got {self.draft_length!r}.")
-        if type(self.exit_index) is not int:
+        if not _whole(self.exit_index):
             raise InvalidInput(f"exit_index must be a whole number, the first exit 0, got {self.exit_index!r}.")
         if not isinstance(self.stop, DraftStop):
             raise InvalidInput(f"stop must be a rule of offramp.policies.draft_stop such as BelowProbability(0.6), got {self.stop!r}.")

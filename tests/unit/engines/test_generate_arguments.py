@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -60,7 +61,14 @@ class TestPrompts:
 
     def test_one_text(self, lm: LanguageModel) -> None:
         expected = generate(lm, [[4, 9]], max_new_tokens=3).tokens
-        for form in (torch.tensor([4, 9]), torch.tensor([[4, 9]]), [4, 9]):
+        for form in (
+            torch.tensor([4, 9]),
+            torch.tensor([[4, 9]]),
+            [4, 9],
+            np.array([[4, 9]]),
+            list(np.array([4, 9])),
+            [list(np.array([4, 9]))],
+        ):
             assert generate(lm, form, max_new_tokens=3).tokens == expected
         assert generate(lm, "w0 w5", tokenizer=word_tokenizer(), max_new_tokens=3).tokens == expected
 
