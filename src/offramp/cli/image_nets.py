@@ -37,15 +37,28 @@ class _Time(nn.Module):
         return found
 
 
+class _Attention(nn.Module):
+    """Self-attention."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.to_q, self.to_k, self.to_v, self.to_out = (nn.Linear(width, width) for _ in range(4))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        q, k, v = (part(tokens).unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (self.to_q, self.to_k, self.to_v))
+        found: Tensor = self.to_out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return found
+
+
 class _Block(nn.Module):
     """Attention and MLP whose norms are shifted, scaled and gated by time and class (Peebles and Xie 2023, section 3.2, adaLN-Zero)."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.heads = heads
         self.norm1 = nn.LayerNorm(width, elementwise_affine=False)
         self.norm2 = nn.LayerNorm(width, elementwise_affine=False)
-        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.attention = _Attention(width, heads)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
         self.modulation = nn.Linear(width, 6 * width)
         nn.init.zeros_(self.modulation.weight)
@@ -53,8 +66,7 @@ class _Block(nn.Module):
 
     def forward(self, tokens: Tensor, condition: Tensor) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(F.silu(condition))[:, None].chunk(6, -1)
-        q, k, v = self.qkv(self.norm1(tokens) * (1 + scale1) + shift1).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        tokens = tokens + gate1 * self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        tokens = tokens + gate1 * self.attention(self.norm1(tokens) * (1 + scale1) + shift1)
         return tokens + gate2 * self.mlp(self.norm2(tokens) * (1 + scale2) + shift2)
 
 

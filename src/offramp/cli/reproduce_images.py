@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from offramp import systems
-from offramp.budget import MeanCost
+from offramp.budget import MeanCost, threshold_for_cost
 from offramp.cli import data as reading
 from offramp.cli.config import read_toml, unknown_key
 from offramp.cli.image_nets import EulerFlow, Features, SmallDiT
@@ -199,7 +199,7 @@ class Bench:
         noise = torch.randn(count, channels, size, size, generator=generator).to(device)
         labels = (torch.arange(count) % pictures.count).to(device)
         self.noise, self.labels = noise[: settings.samples], labels[: settings.samples]
-        self.other = {"noise": noise[settings.samples :], "inputs": {"class_labels": labels[settings.samples :]}}
+        self.other: dict[str, Any] = {"noise": noise[settings.samples :], "inputs": {"class_labels": labels[settings.samples :]}}
         self.full = self.sampled(self.model(systems.build("few-steps", share=1.0), "full", Joint(FinalOnly())), ())
 
     def _statistics(self, images: Tensor) -> FeatureStatistics:
@@ -311,6 +311,8 @@ def at_cost(bench: Bench, name: str, arguments: Mapping[str, Any], cost: float) 
     system = systems.build(name, **arguments)
     full = bench.model(systems.build("few-steps", share=1.0), "full", Joint(FinalOnly()))
     skips = system.skips
+    if system.reduction is not None:
+        return with_tokens(bench, system, full, cost)
     if system.head is not None:
         made = bench.with_heads(system, full)
     elif isinstance(skips, DepthSchedule) and not skips.depths:
@@ -323,6 +325,25 @@ def at_cost(bench: Bench, name: str, arguments: Mapping[str, Any], cost: float) 
         warnings.simplefilter("ignore", NoEffectWarning)
         plan = calibrate(made, MeanCost(cost), **bench.other, steps=bench.settings.sampler_steps)
     return bench.sampled(made, plan.points, plan.share) | {"how": plan.certificate.method, "held_out": plan.cost.value}
+
+
+def with_tokens(bench: Bench, system: System, full: DiffusionModel, cost: float) -> dict[str, Any]:
+    """A method that computes some of the tokens, at the largest share of them whose cost on calibration noise is within a cost.
+
+    Raises:
+        BudgetInfeasible: no share is.
+    """
+
+    def at(ratio: float) -> DiffusionModel:
+        return bench.attached(full.net.model, dataclasses.replace(system, reduction=dataclasses.replace(system.reduction, ratio=ratio)))
+
+    def run(ratio: float) -> Tensor:
+        denoiser = at(ratio).run()
+        sample(denoiser, EulerFlow(), bench.other["noise"], steps=bench.settings.sampler_steps, inputs=bench.other["inputs"])
+        return denoiser.report.row_cost
+
+    found = threshold_for_cost(run, cost, 0.01, 1.0)
+    return bench.sampled(at(found.threshold), None) | {"how": f"ratio {found.threshold:.4g}"}
 
 
 def candidates(system: System, blocks: int) -> Iterator[System]:
@@ -441,12 +462,12 @@ def reproduce(
         JSON data: claim, verdict, one row per cost averaged over seeds, and the raw numbers of every seed.
 
     Raises:
-        InvalidInput: the system computes fewer tokens, which the small transformer here is not made for, or has no claim.
+        InvalidInput: the system is not of denoisers, or has no claim.
     """
     system = systems.build(name, **settings.system)
     card, predicate = system.card, system.card.predicate
-    if predicate is None or system.skips is None:
-        raise InvalidInput(f"{name} has no claim about depth, steps or reuse that could be measured here.")
+    if predicate is None or card.engine != "denoise":
+        raise InvalidInput(f"{name} is a method of the {card.engine} engine, or has no claim to measure.")
     pictures = read_pictures(settings, data, device)
     seeds = [measure_seed(name, settings, pictures, seed, device, say) for seed in settings.seeds]
     values = [v for s in seeds if (v := measured(predicate, s["budgets"])) is not None]

@@ -162,7 +162,7 @@ def test_fit_trains_what_the_method_says() -> None:
     before = weights(fast.net.model)
     offramp.fit(fast, loader(), epochs=1, max_steps=2, progress=False)
     after = weights(fast.net.model)
-    assert not torch.equal(before["blocks.0.qkv.weight"], after["blocks.0.qkv.weight"])
+    assert not torch.equal(before["blocks.0.attention.to_q.weight"], after["blocks.0.attention.to_q.weight"])
     assert torch.equal(before["time_embed.out.weight"], after["time_embed.out.weight"]), "the time embedder is held"
 
     heads = on_small("deediff")
