@@ -90,19 +90,19 @@ class SpeculationPlan:
     def __str__(self) -> str:
         t = self.times
         lines = [
-            f"Plain decoding: {t.full:.4g} ms a step, {t.rows} rows, context {t.context}, {t.device}",
+            f"Plain decoding: {t.full:.4g} {t.unit} a step, {t.rows} rows, context {t.context}, {t.device}",
             "Speculation: off, no setting is expected to be faster"
             if self.chosen is None
             else f"Speculation: exit after block {self.chosen.depth}, head {self.chosen.head}, {self.chosen.draft_length} drafts: "
             f"{self.chosen.speedup:.3f} times plain",
-            f"  {'exit':>5}  {'head':<12}{'drafts':>7}{'tokens/round':>14}{'round, ms':>11}{'speed-up':>10}",
+            f"  {'exit':>5}  {'head':<12}{'drafts':>7}{'tokens/round':>14}{'round, ' + t.unit:>15}{'speed-up':>10}",
         ]
         best: dict[tuple[int, str], Prediction] = {}
         for p in self.predictions:  # best first
             best.setdefault((p.depth, p.head), p)
         for p in best.values():
             lines.append(
-                f"  {p.depth:>5}  {p.head:<12}{p.draft_length:>7}{p.tokens_per_round:>14.3f}{p.round_time:>11.4g}{p.speedup:>10.3f}"
+                f"  {p.depth:>5}  {p.head:<12}{p.draft_length:>7}{p.tokens_per_round:>14.3f}{p.round_time:>15.4g}{p.speedup:>10.3f}"
             )
         return "\n".join(lines)
 

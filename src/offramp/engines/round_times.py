@@ -30,7 +30,7 @@ from offramp.policies.decoding import Verify
 
 @dataclass(frozen=True)
 class Candidate:
-    """An exit with a head, and what it takes for the whole batch. Milliseconds.
+    """An exit with a head, and what it takes for the whole batch, in the unit of `Times`.
 
     Attributes:
         exit_index: which exit.
@@ -84,6 +84,7 @@ class Times:
         rows: of the batch.
         context: tokens before those that were timed.
         device: in words.
+        unit: of all times.
     """
 
     full: float
@@ -91,6 +92,7 @@ class Times:
     rows: int = 1
     context: int = 0
     device: str = ""
+    unit: str = "ms"
 
     def __post_init__(self) -> None:
         if not self.full > 0 or not self.candidates or self.rows < 1:
@@ -131,7 +133,7 @@ class Times:
             for name, h in (heads or {"own": head}).items()
             for e, depth in enumerate(exits)
         ]  # fmt: skip
-        return cls((blocks + head) * growth(rows) + overhead, tuple(found), rows, 0, "counted in blocks")
+        return cls((blocks + head) * growth(rows) + overhead, tuple(found), rows, 0, "counted in blocks", "blocks")
 
 
 def measure(

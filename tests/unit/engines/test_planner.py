@@ -250,6 +250,9 @@ def test_a_plan_is_printed_and_saved():
         assert SpeculationPlan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
         assert ("off" in str(plan)) == (plan.chosen is None)
         assert all(str(c.depth) in str(plan) for c in times.candidates)
+        assert f"{times.full:.4g} {times.unit} a step" in str(plan) and f"round, {times.unit}" in str(plan)
+    counted = choose(Times.modelled(8, 0.5, [1]), [Acceptance.constant(0.8, 8)])
+    assert "8.5 blocks a step" in str(counted) and "round, blocks" in str(counted)
     data = plan.to_dict()
     del data["times"]["full"]
     with pytest.raises(ArtifactError):
