@@ -511,16 +511,20 @@ def _mean(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return out
 
 
+COLUMNS = {"cost": "cost", "fid": "FID", "fid_ratio": "over full", "drift": "drift", "explained": "R2 of depth on step"}
+"""Numbers of the table and their heads; gains over the controls at equal cost are in the saved result."""
+
+
 def table_rows(result: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """The summary as a table: columns, then the full model, the system and every control at every cost."""
     summary = result["summary"]
     every = [("full", summary["full"]), *((result["system"], r) for r in summary["rows"])]
-    every += [(f"control: {CONTROLS[k]}", r) for k, rows in summary["controls"].items() for r in rows]
+    every += [(CONTROLS[k], r) for k, rows in summary["controls"].items() for r in rows]
     rows = [
-        (name, "-" if r["budget"] is None else f"{r['budget']:g}", *(f"{r[k][0]:.3f}" if k in r else "-" for k in SHOWN))
+        (name, "-" if r["budget"] is None else f"{r['budget']:g}", *(f"{r[k][0]:.2f}" if k in r else "-" for k in COLUMNS))
         for name, r in every
     ]
-    return ("", "asked", *(k.replace("_", " ") for k in SHOWN)), rows
+    return ("", "asked", *COLUMNS.values()), rows
 
 
 __all__ = ["Bench", "ImageSettings", "Pictures", "load_settings", "measure_seed", "measured", "read_pictures", "reproduce", "table_rows",
