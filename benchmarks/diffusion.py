@@ -53,7 +53,6 @@ from lm_common import Budget, Sheet, asked_parts, numbers, run_parts
 from torch import Tensor
 from train_diffusion import images_of
 
-from offramp.core.bundle import write_json
 from offramp.core.errors import OfframpError
 from offramp.engines.denoise import Denoiser
 from offramp.engines.region_denoise import RegionDenoiser
@@ -63,6 +62,7 @@ from offramp.measure.image_quality import (
     PrecisionRecall,
     explained_by_step,
     fid,
+    fid_difference,
     fid_floor,
     kid,
     precision_recall,
@@ -189,6 +189,15 @@ def winner(
     }  # fmt: skip
 
 
+def next_dearer(results: Mapping[str, ImageResult], control: str, batch: int, time_ms: float) -> str | None:
+    """Title of a control's cheapest setting that takes at least so long; of its dearest one if none does, ``None`` if none was timed."""
+    timed = {t: r.time_ms[batch] for t, r in results.items() if r.control and r.name == control and batch in r.time_ms}
+    above = {t: ms for t, ms in timed.items() if ms >= time_ms}
+    if above:
+        return min(above, key=lambda t: above[t])
+    return max(timed, key=lambda t: timed[t]) if timed else None
+
+
 def in_turn(ways: Sequence[Way]) -> list[Way]:
     """Ways in the order in which they matter: what the bar names first, then a setting of each system in turn."""
     first = ("full model", "few-steps", "ours", "deepcache", "static-schedule")
@@ -236,7 +245,6 @@ class Benchmark:
             self.budget,
             same=("benchmark", "dtype", "steps", "samples", "guidance", "costs", "calibration"),
         )  # fmt: skip
-        self.failed: dict[str, str] = {}
 
     # ---- what all parts use ------------------------------------------------------------------------------------------------------
 
@@ -273,11 +281,10 @@ class Benchmark:
             yield
         except (OfframpError, RuntimeError, ValueError, TypeError) as error:
             traceback.print_exc()
-            self.failed[what] = f"{type(error).__name__}: {error}"
-            self.sheet.content.setdefault("failed", {})[what] = self.failed[what]
+            self.sheet.content.setdefault("errors", {})[what] = f"{type(error).__name__}: {error}"
             self.sheet.write()
         else:
-            self.sheet.content.get("failed", {}).pop(what, None)
+            self.sheet.content.get("errors", {}).pop(what, None)
 
     def features(self) -> dict[str, Features]:
         """Feature networks, and features of the real images."""
@@ -337,9 +344,13 @@ class Benchmark:
             for way in self.ways(name)
             if not self.has(group="quality", system=name, way=way.title, rows=seed)
         ]
-        print(f"{len(waiting)} samplings of {self.args.samples} images to do, {self.budget.left:.0f} s left", flush=True)
+        about = f"{len(waiting)} samplings of {self.args.samples:,} images to do, {self.args.guess_quality * len(waiting) / 60:.0f} minutes"
+        print(f"{about} at {self.args.guess_quality:g} s each; {self.budget.left:.0f} s left", flush=True)
         for name, seed, way in waiting:
-            if self.budget.fits(f"quality {name}: {way.title}, seed {seed}", self.args.guess_quality):
+            if (name, seed) not in self._full and self.budget.fits(f"reference: {name}, seed {seed}", 3 * self.args.guess_quality):
+                with self.budget.part(f"reference: {name}, seed {seed}"):
+                    self.reference(name, seed)
+            if (name, seed) in self._full and self.budget.fits(f"quality {name}: {way.title}, seed {seed}", self.args.guess_quality):
                 with self.budget.part(f"quality {name}: {way.title}, seed {seed}"), self.trying(f"quality {name}: {way.title}"):
                     self._quality(name, way, seed)
 
@@ -416,6 +427,12 @@ class Benchmark:
                     if w.title != "full model" and not self.has(group="time", system=name, way=w.title, rows=batch)
                 ]
                 ready: dict[str, Any] = {}
+                if not ways or not self.budget.fits(f"captured: {name}, batch {batch}", 4 * self.args.guess_time):
+                    continue
+                minutes = self.args.guess_time * len(ways) / 60
+                print(f"{name}, batch {batch}: {len(ways)} settings to time, about {minutes:.0f} minutes", flush=True)
+                with self.budget.part(f"captured: {name}, batch {batch}"):
+                    self._captured(name, batch, ready)
                 for way in ways:
                     if self.budget.fits(f"time {name} {batch}: {way.title}", self.args.guess_time):
                         with self.budget.part(f"time {name} {batch}: {way.title}"), self.trying(f"time {name} {batch}: {way.title}"):
@@ -428,31 +445,39 @@ class Benchmark:
             self.families[f"{name}, to time"] = found
         return self.families[f"{name}, to time"]
 
+    def _captured(self, name: str, batch: int, ready: dict[str, Any]) -> None:
+        """What all settings of a family and batch size share: the full model as one graph, and the parts that plans are made of."""
+        family = self.uncompiled(name)
+        noise, labels = family[name].noise(batch, TIMING_SEED)
+        for model in family.values():
+            model.wear(model.name)
+            noted: list[dict[str, Any]] = []
+            called = Called(model.module, model.net, noted)
+            model.sample(called, Way("", "", model.name, self.args.steps), noise, labels)
+            rows = len(next(iter(noted[0].values())))
+            # Fewer rows run as quarters of the batch.
+            sizes = sorted({max(1, rows * k // 4) for k in (1, 2, 3, 4)})
+            runner = ByBlock(self.device, self.device.type == "cuda" and self.args.compile, sizes)
+            ready[model.name] = (Whole(model.net, noted[0]), noted, runner, Segments(model.net, runner, noted[0]))
+
     def _time(self, name: str, way: Way, batch: int, ready: dict[str, Any]) -> None:
         """Whole runs and the denoiser's calls alone, each in turn with the full model's."""
         family = self.uncompiled(name)
         base, full_way = family[name], Way("full model", "", name, self.args.steps)
         noise, labels = base.noise(batch, TIMING_SEED)
         model = model_of(family, way)
-        for key, architecture, plain in (("base", base, full_way), (f"own {id(model)}", model, way)):
-            if key not in ready and (key == "base" or (way.plain and model is not base)):
-                noted: list[dict[str, Any]] = []
-                architecture.sample(Called(architecture.module, architecture.net, noted), plain, noise, labels)
-                ready[key] = (Whole(architecture.net, noted[0]), noted)
-        whole, full_calls = ready["base"]
+        whole, full_calls, _, _ = ready[name]
+        own, _, runner, segments = ready[model.name]
         rows = len(next(iter(full_calls[0].values())))
         functions: dict[str, Callable[[], object]] = {"full": partial(base.sample, Called(whole, base.net), full_way, noise, labels)}
         counting: Counting | None = None
         if way.plain:
-            own = whole if model is base else ready[f"own {id(model)}"][0]
             functions["ours"] = partial(model.sample, Called(own, model.net), way, noise, labels)
         else:
-            runner: Any = None
             if way.regions is None:
-                runner = self._runner(model, rows, ready)
                 counting = Counting(runner, len(model.net.cut().segments))
             denoiser = RegionDenoiser(model.net, way.regions) if way.regions is not None else Denoiser(model.net, way.points, run=counting)
-            noted = []
+            noted: list[dict[str, Any]] = []
             functions["ours"] = partial(model.sample, Called(denoiser, model.net), way, noise, labels)
             called = Called(denoiser, model.net, noted)
             model.sample(called, way, noise, labels)
@@ -462,15 +487,13 @@ class Benchmark:
                 counting.rows = [0] * len(counting.rows)
                 functions["calls"]()
                 ran = list(counting.rows)
-                if f"segments {id(model)}" not in ready:
-                    ready[f"segments {id(model)}"] = Segments(model.net, runner, full_calls[0])
-                segments: Segments = ready[f"segments {id(model)}"]
                 functions["segments"] = segments
         done = compare(functions, reference="full", warmup=1, repeats=self.args.repeats, device=self.device)
         ms = {n: t.median_ms for n, t in done.timings.items()}
         found: dict[str, Any] = {}
         if counting is not None:
             each = segments.median_ms()
+            segments.clear()
             ideal = ideal_ms(ran, rows, each)
             found = {
                 "calls_ms": ms["calls"], "full_calls_ms": ms["full calls"], "ideal_ms": ideal, "exit_efficiency": ideal / ms["calls"],
@@ -483,15 +506,6 @@ class Benchmark:
             way=way.title, system=name, group="time", rows=batch, over_full=ratio.value, over_full_95=[ratio.low, ratio.high],
             median_ms=ms["ours"], full_ms=ms["full"], **found, samples_ms={n: list(t.samples_ms) for n, t in done.timings.items()},
         )  # fmt: skip
-
-    def _runner(self, model: Model, rows: int, ready: dict[str, Any]) -> ByBlock:
-        """Graphs that all ways of an architecture share; fewer rows run as quarters of the batch."""
-        key = f"runner {id(model)}"
-        if key not in ready:
-            sizes = sorted({max(1, rows * k // 4) for k in (1, 2, 3, 4)})
-            ready[key] = ByBlock(self.device, self.device.type == "cuda" and self.args.compile, sizes)
-        found: ByBlock = ready[key]
-        return found
 
     # ---- text --------------------------------------------------------------------------------------------------------------------
 
@@ -529,8 +543,28 @@ class Benchmark:
                     found for b in batches if (found := winner(results, chosen, b, sorted({r.name for r in results.values() if r.control})))
                 ],
             }  # fmt: skip
+            for found in self.sheet.content["verdicts"][name]["half_time"]:
+                found["by_images"] = self._by_images(name, found, results)
             self.sheet.write()
             self._page(name, ways, results)
+
+    def _by_images(self, name: str, found: Mapping[str, Any], results: Mapping[str, ImageResult]) -> dict[str, Any]:
+        """The distance of a composition less that of each control's next dearer setting, with an interval over images of the first seed."""
+
+        def features(title: str) -> Tensor | None:
+            path = self.work / f"{name}-{slug(title)}-0.features.pt"
+            return torch.load(path, weights_only=True).float() if path.is_file() else None
+
+        self.features()
+        real = FeatureStatistics.of(self._real["trained"])
+        out: dict[str, Any] = {}
+        for control in found["controls"]:
+            title = next_dearer(results, control, found["batch"], results[found["way"]].time_ms[found["batch"]])
+            mine, theirs = features(found["way"]), None if title is None else features(title)
+            if mine is not None and theirs is not None:
+                gap = fid_difference(mine, theirs, real)
+                out[control] = {"setting": title, "difference": [gap.value, gap.low, gap.high], "level": gap.level}
+        return out
 
     def _page(self, name: str, ways: Mapping[str, Way], results: Mapping[str, ImageResult]) -> None:
         def kept(title: str) -> dict[str, Any] | None:
@@ -623,9 +657,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(estimate(args), flush=True)
     bench = Benchmark(args)
     run_parts({name: getattr(bench, name) for name in PARTS}, asked, bench.sheet)
-    write_json(args.out, bench.sheet.content)
-    if bench.failed:
-        raise SystemExit(f"Failed: {', '.join(bench.failed)}.")
 
 
 if __name__ == "__main__":

@@ -228,7 +228,7 @@ class Plans:
     def controls(self) -> list[Way]:
         """Settings of what needs no method, at each cost and at some lower ones, so that equal times can be read off."""
         more = sorted({*self.costs, 0.9, 0.4, 0.3}, reverse=True)
-        out = []
+        out: list[Way] = []
         for sampler, name in (("own", "few-steps"), ("dpm++", "dpm++"), ("heun", "heun")):
             for cost in [1.0, *more] if sampler != "own" else more:
                 steps = steps_for(sampler, cost, self.steps)

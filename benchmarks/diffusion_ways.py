@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from train_diffusion import Trained, load_models, places, scheduler_for
 
 from offramp.backbones import Cut, CutState
+from offramp.backbones.graph import Segment
 from offramp.backbones.taps import first_tensor
 from offramp.core.errors import InvalidInput
 from offramp.core.parts import part_from_dict, part_to_dict
 from offramp.diffusion import DenoisingNet
-from offramp.engines.capture import Graph, Recorder
+from offramp.engines.capture import Recorder
 from offramp.engines.denoise import Denoiser
 from offramp.engines.denoise_graphs import Captured
 from offramp.engines.denoise_report import Report
@@ -118,11 +119,12 @@ def scheduler(kind: str, sampler: str = "own") -> Any:
     if sampler == "dpm++" and kind == "flow":
         return diffusers.DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=1.0)
     if sampler == "dpm++":
-        return diffusers.DPMSolverMultistepScheduler(beta_schedule="linear", timestep_spacing="trailing")
+        # With a largest value of 1 its thresholding is DDIM's clipping of the predicted image.
+        return diffusers.DPMSolverMultistepScheduler(beta_schedule="linear", timestep_spacing="trailing", thresholding=True)
     if sampler == "heun" and kind == "flow":
         return diffusers.FlowMatchHeunDiscreteScheduler(num_train_timesteps=1000)
     if sampler == "heun":
-        return diffusers.HeunDiscreteScheduler(beta_schedule="linear", timestep_spacing="trailing")
+        return diffusers.HeunDiscreteScheduler(beta_schedule="linear", timestep_spacing="trailing", clip_sample=True)
     raise InvalidInput(f"sampler must be one of {SAMPLERS}, got {sampler!r}.")
 
 
@@ -202,6 +204,21 @@ class Drawn:
     cost: float
 
 
+class AnyRows:
+    """A segment compiled with its batch dimensions left open."""
+
+    def __init__(self, segment: Segment, made: Cut) -> None:
+        self._dims = [made.batch_dims.get(n, ()) for n in segment.inputs]
+        self._compiled = torch.compile(segment.module)
+
+    def __call__(self, *given: Tensor) -> tuple[Tensor, ...]:
+        for tensor, dims in zip(given, self._dims, strict=True):
+            for dim in dims:
+                torch._dynamo.maybe_mark_dynamic(tensor, dim)
+        out: tuple[Tensor, ...] = self._compiled(*given)
+        return out
+
+
 class Model:
     """One architecture with the weights of one or more stages of `train_diffusion.py`, cut once; `wear` changes the weights in place.
 
@@ -245,9 +262,9 @@ class Model:
             self.worn = stage
 
     def compile(self) -> None:
-        """Compile every segment of the cut in place; sizes of a batch that were not seen before cost a compilation once."""
+        """Compile every segment of the cut in place, once for any number of rows."""
         made = self.net.cut()
-        made.segments = tuple(dataclasses.replace(s, module=torch.compile(s.module)) for s in made.segments)  # type: ignore[assignment]
+        made.segments = tuple(dataclasses.replace(s, module=AnyRows(s, made)) for s in made.segments)  # type: ignore[arg-type]
 
     def noise(self, count: int, seed: int) -> tuple[Tensor, Tensor]:
         """Standard normal noise ``[N, C, H, W]`` float32 and classes ``[N]`` in turn; a row does not depend on N."""
@@ -416,7 +433,8 @@ class Segments:
                 read = tuple(n for n in self.cut.names(k) if n in segment.inputs)
                 made = segment.module if runner is None else runner._function(self.cut, k, k + 1, read)[1]
                 ordered = given if runner is None else [given[segment.inputs.index(n)] for n in read]
-                graph = Graph(lambda made=made, ordered=ordered: made(*ordered), self.device, None)
+                recorder = Recorder(self.device, False) if runner is None else runner.recorder
+                graph = recorder.graph(lambda made=made, ordered=ordered: made(*ordered))  # type: ignore[misc]
                 self.parts.append((graph.replay, given))
                 state = self.cut.run(state, k, k + 1)
 
@@ -434,6 +452,10 @@ class Segments:
                 start = time.perf_counter()
                 part()
                 times.append((time.perf_counter() - start) * 1e3)
+
+    def clear(self) -> None:
+        """Forget the samples."""
+        self.samples = [[] for _ in self.samples]
 
     def median_ms(self) -> list[float]:
         """Milliseconds of each segment; call after the device is done."""

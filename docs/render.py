@@ -488,8 +488,101 @@ def lm_systems(page: Path) -> str:
     return "\n\n".join(parts) or nothing("make -C benchmarks results/lm_systems_h100.json")
 
 
+# ------------------------------------------------------------------------------------------------------------ denoisers
+
+# What denoising is held to on CUDA at batch 64: exit efficiency of schedules, and of rules that decide for each sample.
+SCHEDULES, RULES = 0.90, 0.80
+MEASURED = ("StateChange", "ResidualChange", "InputChange", "Uncertainty", "Chance")
+
+
+def spread(values: Sequence[float]) -> str:
+    """A mean, and from where to where, if there are several."""
+    mean = f"{statistics.fmean(values):.3g}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.3g} to {max(values):.3g})"
+
+
+def title_of(way: Mapping[str, Any]) -> str:
+    return f"{way['name']}, {way['setting']}" if way["setting"] else str(way["name"])
+
+
+def settings(result: Mapping[str, Any], family: str) -> list[list[str]]:
+    """A line for every setting that was sampled with, in the order in which they were."""
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    times: dict[tuple[str, int], Mapping[str, Any]] = {}
+    for r in result["rows"]:
+        if r.get("system") == family and r["group"] == "quality":
+            found.setdefault(r["way"], []).append(r)
+        if r.get("system") == family and r["group"] == "time":
+            times[r["way"], r["rows"]] = r
+    chosen = {title_of(w) for w in result.get("plans", {}).get(family, []) if w["about"].get("chosen")}
+    lines = []
+    for title, rows in found.items():
+        first = rows[0]
+        kind = "full" if title == "full model" else "control" if first["control"] else "chosen" if title in chosen else "system"
+        over = [1.0 if kind == "full" else times.get((title, b), {}).get("over_full") for b in (1, 8, 64)]
+        efficiency = times.get((title, 64), {}).get("exit_efficiency")
+        cells = [kind, number(first["flops"]), *(number(v) for v in over), number(efficiency), spread([r["fid"] for r in rows])]
+        cells += [spread([r["fid_random"] for r in rows]), f"{first['kid']:.3g}", number(first.get("psnr_db"), 1)]
+        cells += [number(first.get("explained"), 2), "-" if first.get("cache_bytes") is None else f"{first['cache_bytes']:,.0f}"]
+        lines.append([title, *cells])
+    return lines
+
+
+def denoising_bars(result: Mapping[str, Any], family: str) -> list[list[str]]:
+    """Exit efficiencies at batch 64 against their bars, and the composition at half of the measured time against the controls."""
+    plans = result.get("plans", {}).get(family, [])
+    ruled = {title_of(w) for w in plans if any(p["args"]["signal"]["type"] in MEASURED for p in w["points"])}
+    rows = [r for r in result["rows"] if r.get("system") == family and r["group"] == "time" and r["rows"] == 64 and "exit_efficiency" in r]
+    out = []
+    for what, bar, meant in (
+        ("schedules", SCHEDULES, [r for r in rows if r["way"] not in ruled]),
+        ("rules by sample", RULES, [r for r in rows if r["way"] in ruled]),
+    ):
+        if meant:
+            least = min(meant, key=lambda r: r["exit_efficiency"])
+            value = least["exit_efficiency"]
+            out.append(
+                [f"exit efficiency of {what}, batch 64, lowest >= {bar:.2f}", f"{value:.3f} ({least['way']})", verdict(value >= bar)]
+            )
+    for found in result.get("verdicts", {}).get(family, {}).get("half_time", []):
+        rivals = ", ".join(
+            f"{name} not as cheap" if c["fid"] is None else f"{name} {c['fid']:.3g} ({c['verdict']})"
+            for name, c in found["controls"].items()
+        )
+        what = f"FID of {found['way']}, at {found['time_over_full']:.2f} of the time, batch {found['batch']}, below all of these"
+        words = verdict(found["lower_than_all"]) + ("" if found["beyond_the_spread"] else ", not clear of chance")
+        words = words if 0.4 <= found["time_over_full"] <= 0.6 else "not at half of the time"
+        out.append([what, f"{found['fid']:.3g}; {rivals}", words])
+    return out
+
+
+def diffusion(page: Path) -> str:
+    """Every diffusion system against every control."""
+    parts = []
+    for name, result in benchmarked("diffusion"):
+        for family in dict.fromkeys(r["system"] for r in result["rows"] if r["group"] == "quality"):
+            floor = result["features"]
+            what = (
+                f"**{family}**, {result['steps']} steps, guidance {result['guidance']:g}, {result['samples']:,} images a seed "
+                f"(real against real: FID {floor['floor_mean']:.3g}, {floor['floor_count']:,} images)"
+            )
+            head = ["setting", "kind", "FLOPs / full", "time / full, batch 1", "batch 8", "batch 64", "exit efficiency, batch 64", "FID",
+                    "FID, random network", "KID", "PSNR to full, dB", "depth explained by the step", "cache bytes an image"]  # fmt: skip
+            parts += [headline(name, result, what), table(head, settings(result, family))]
+            if device(result) != "cpu" and (found := denoising_bars(result, family)):
+                parts.append(table(["bar", "measured", ""], found))
+        if rows := [r for r in result["rows"] if r["group"] == "text"]:
+            lines = [
+                [r["system"], r["way"], str(r["rows"]), number(r.get("flops")), number(r.get("over_full")), r.get("unsupported", "")]
+                for r in rows
+            ]
+            parts.append("Denoisers with cross attention and two guidance branches, random weights:")
+            parts.append(table(["denoiser", "setting", "batch", "FLOPs / full", "time / full", "not run because"], lines))
+    return "\n\n".join(parts) or nothing("make -C benchmarks diffusion")
+
+
 RENDERERS: dict[str, Callable[[Path], str]] = {
-    f.__name__: f for f in (pareto, guarantee, demo, efficiency, bars, claims, systems, decoding, decoding_trained, lm_systems)
+    f.__name__: f for f in (pareto, guarantee, demo, efficiency, bars, claims, systems, decoding, decoding_trained, lm_systems, diffusion)
 }
 
 
