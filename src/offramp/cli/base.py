@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from offramp import policies
 from offramp.cli import models
@@ -132,12 +133,32 @@ def rule_named(text: str | None, system: System | None) -> Rule:
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], justify: Literal["left", "right"] = "right") -> None:
-    drawn = Table(title=title or None, title_justify="left", header_style="bold")
-    for index, column in enumerate(columns):
-        drawn.add_column(column, justify="left" if index == 0 else justify, overflow="fold", no_wrap=index == 0)
-    for row in rows:
-        drawn.add_row(*(cell if isinstance(cell, str) else f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row))
-    console.print(drawn)
+    """Print a table. Numbers that the terminal is too narrow for go on in a further table with the same first column."""
+    cells = [[c if isinstance(c, str) else f"{c:.4g}" if isinstance(c, float) else str(c) for c in row] for row in rows]
+    for part in fitting(columns, cells, console.width) if justify == "right" else [range(len(columns))]:
+        drawn = Table(title=title or None, title_justify="left", header_style="bold")
+        for index in part:
+            drawn.add_column(columns[index], justify="left" if index == 0 else justify, overflow="fold", no_wrap=index == 0)
+        for row in cells:
+            drawn.add_row(*(row[index] for index in part))
+        console.print(drawn)
+        title = ""
+
+
+def fitting(columns: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> list[Sequence[int]]:
+    """Columns of a table in parts of at most this width, as far as one column beside the first fits, the first in each part.
+
+    A heading may be broken between words, a cell may not.
+    """
+    wide = [
+        max([*map(len, name.split()), *(Text.from_markup(row[k]).cell_len for row in rows)], default=0) for k, name in enumerate(columns)
+    ]
+    parts: list[list[int]] = [[0]] if columns else []
+    for k in range(1, len(columns)):
+        if len(parts[-1]) > 1 and 1 + sum(wide[j] + 3 for j in (*parts[-1], k)) > width:
+            parts.append([0])
+        parts[-1].append(k)
+    return list(parts)
 
 
 def percent(value: float) -> str:
