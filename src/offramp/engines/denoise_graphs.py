@@ -101,6 +101,7 @@ class Captured:
     _rows: dict[Any, int] = field(default_factory=dict, repr=False)
     _steps: dict[Any, _Step] = field(default_factory=dict, repr=False)
     _rooms: dict[Any, Any] = field(default_factory=dict, repr=False)
+    _weights: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     reuses = True
 
@@ -124,6 +125,7 @@ class Captured:
         if state.at == stop:
             return state
         if state.at == 0:
+            self._drop_moved(cut)
             self._rows[cut] = state.rows
         read, made = _reads(cut, state.at, stop), cut.made(state.at, stop)
         for name in (*read, *made):
@@ -160,6 +162,7 @@ class Captured:
         return found
 
     def step(self, work: Work, state: CutState, memories: Sequence[Memory], log_snr: float, owner: Any) -> dict[str, Tensor]:
+        self._drop_moved(work.cut)
         path, points = work.path, work.points
         sizes = tuple((t.dtype, tuple(t.shape)) for t in state.values.values())
         key = (owner, work.cut, id(points), path.parts, path.stored, sizes)
@@ -193,6 +196,17 @@ class Captured:
             # The points are kept too, so that no others take their place in the key.
             self._rooms[key] = ([{n: torch.zeros_like(t) for n, t in like.items()} for _ in range(keeps)], work.points)
         return self._rooms[key][0]
+
+    def _drop_moved(self, cut: Cut) -> None:
+        """Give up the graphs of a model whose weights have moved, such as to another device and back: they read the old ones."""
+        if cut not in self._weights:
+            first = next((p for segment in cut.segments for p in segment.module.parameters()), None)
+            self._weights[cut] = first, first.data_ptr() if first is not None else 0
+        first, place = self._weights[cut]
+        if first is not None and first.data_ptr() != place:
+            self._weights[cut] = first, first.data_ptr()
+            self._spans = {key: span for key, span in self._spans.items() if key[0] is not cut}
+            self._steps = {key: step for key, step in self._steps.items() if step.work.cut is not cut}
 
     def capture(self, call: Callable[[], None]) -> Graph:
         """A call as a graph."""

@@ -138,7 +138,7 @@ def sample(
         given = {n: torch.cat([v, unconditional[n]]) if isinstance(v, Tensor) else v for n, v in given.items()}
     scheduler.set_timesteps(steps, device=noise.device)
     if isinstance(denoiser, Denoiser):
-        denoiser.reset(lambda: _model_times(scheduler, denoiser.net.noise))
+        denoiser.reset(lambda: scheduler.timesteps)
     current = noise * getattr(scheduler, "init_noise_sigma", 1.0)
     more = {"generator": generator} if generator is not None else {}
     try:

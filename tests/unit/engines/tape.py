@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_map
 
 _REFUSED = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal", "lift_fresh")
 """What waits for the device or copies from memory of the host that a replay would not find again."""
@@ -36,7 +36,9 @@ class _Recording(TorchDispatchMode):
         places = {t.untyped_storage().data_ptr() for t in given}
         made = [t for t in _tensors(result) if t.untyped_storage().data_ptr() not in places]
         if made or func._schema.is_mutable:
-            self.calls.append((func, args, kwargs or {}, made))
+            # A graph knows addresses and not who holds them: what a parameter is later moved to it does not see.
+            args, kwargs = tree_map(lambda v: v.detach() if isinstance(v, Tensor) else v, (args, kwargs or {}))
+            self.calls.append((func, args, kwargs, made))
         return result
 
 

@@ -197,6 +197,18 @@ def test_a_diffusers_model_in_captured_segments() -> None:
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("plan", ["interval, extrapolated", "state change"])
+def test_weights_may_move(plan: str) -> None:
+    net = toy()
+    x, y = draw(3)
+    runner = Denoiser(net, PLANS[plan], run=Captured(CPU, compiled=False))
+    trajectory(runner, x, y)
+    for p in net.model.parameters():
+        p.data = p.data * 1.1  # as ``to`` does: other memory
+    for got, want in zip(trajectory(runner, x, y), trajectory(Denoiser(net, PLANS[plan]), x, y), strict=True):
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
 class Transposed(nn.Module):
     """Crosses the cut with strides that are not in order, and views what it gets."""
 

@@ -68,6 +68,51 @@ def test_sampling_without_a_pipeline_is_bit_exact_for_every_scheduler(dit_view: 
         sample(Denoiser(net), schedulers()[0](), noise, steps=3, guidance=2.0)
 
 
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ancestral noise": ("EulerAncestralDiscreteScheduler", {}),
+    "inputs scaled by sigma": ("EulerDiscreteScheduler", {"use_karras_sigmas": True}),
+    "two calls a step": ("HeunDiscreteScheduler", {}),
+    "stochastic second order": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    "velocity": ("DDIMScheduler", {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}),
+    "flow sigmas": ("UniPCMultistepScheduler", {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}),
+}
+
+
+@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16])
+def either_kind(request: pytest.FixtureRequest) -> Any:
+    kind = request.param
+    given = {
+        "hidden_states": torch.randn(2, 4, 8, 8, dtype=kind),
+        "timestep": torch.tensor([900, 100]),
+        "class_labels": torch.tensor([1, 2]),
+    }
+    return attach_denoiser(dit(2).to(kind), BLOCKS[:2], noise=FlowMatching(), example=given)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_plan_that_never_fires_is_bit_exact_whatever_the_sampler(variant: str, either_kind: Any) -> None:
+    import diffusers
+
+    name, options = VARIANTS[variant]
+    net, made = either_kind, getattr(diffusers, name)
+    net.noise = noise_scale(made(**options), net.model)
+    noise = torch.randn(2, 4, 8, 8, dtype=net.dtype)
+    inputs: Any = {"inputs": {"class_labels": torch.tensor([1, 2])}, "unconditional": {"class_labels": torch.tensor([1000, 1000])}}
+
+    def run(denoiser: Any) -> Tensor:
+        names = None if isinstance(denoiser, Denoiser) else ("hidden_states", "timestep")
+        torch.manual_seed(4)  # for what the sampler draws
+        return sample(denoiser, made(**options), noise, steps=3, guidance=2.0, names=names, **inputs)
+
+    want = run(net.model)
+    for point in (Point(0, -1, CachedResidual(), StateChange(), 0.0), Point(0, -1, CachedOutput(), InputChange(), 0.0)):
+        runner = Denoiser(net, [point])
+        assert torch.equal(run(runner), want) and bool(torch.isfinite(want).all())
+        assert (runner.report.depth != 2).all() and runner.report.log_snr.shape[0] >= 4
+    fires = Denoiser(net, [Point(0, -1, CachedResidual(), Every(2))])
+    assert not torch.equal(run(fires), want)
+
+
 def test_leaving_to_the_final_layers_equals_a_pipeline_without_the_last_blocks(dit_pipe: Any, dit_view: Any) -> None:
     shallow = copy.copy(dit_pipe)
     model: Any = copy.deepcopy(dit_pipe.transformer)
