@@ -35,7 +35,7 @@ from typing import Any
 
 import torch
 from diffusion_plans import Calibration, Plans, check_costs
-from diffusion_text import TEXT, TextModel
+from diffusion_text import TEXT, TEXT_SYSTEMS, TextModel
 from diffusion_ways import (
     ByBlock,
     Called,
@@ -315,23 +315,30 @@ class Benchmark:
 
     def plans(self) -> None:
         for name in self.names():
-            kept = self.sheet.content.setdefault("plans", {})
-            if kept.get(name) and not self.args.again:
+            kept, whole = (self.sheet.content.setdefault(k, {}) for k in ("plans", "compositions"))
+            if whole.get(name) is not None and not self.args.again:
                 continue
             if not self.budget.fits(f"plans: {name}", self.args.guess_plans):
                 continue
             family = self.family(name)
-            with self.budget.part(f"plans: {name}"), self.trying(f"plans: {name}"):
-                base = family[name]
-                calibration = Calibration.of(base, self.args.calibration, self.args.few, CALIBRATION_SEED)
-                plans = Plans(family, self.images["test"], calibration, self.costs, batch=self.args.sample_batch)
-                found = [plans.full, *plans.controls(), *plans.systems()]
-                if "full" in base.weights:
-                    found.append(Way("trained on", "all blocks", "full", base.steps, control=True))
-                until = max(20.0, self.args.reserve * 60)
-                found += plans.compositions(lambda: self.budget.left > until)
-                kept[name] = [w.to_dict() for w in found]
-                print(f"{name}: {len(found)} settings", flush=True)
+            base = family[name]
+            calibration = Calibration.of(base, self.args.calibration, self.args.few, CALIBRATION_SEED)
+            plans = Plans(family, self.images["test"], calibration, self.costs, batch=self.args.sample_batch)
+            if name not in kept or self.args.again:
+                with self.budget.part(f"plans: {name}"), self.trying(f"plans: {name}"):
+                    found = [plans.full, *plans.controls(), *plans.systems()]
+                    if "full" in base.weights:
+                        found.append(Way("trained on", "all blocks", "full", base.steps, control=True))
+                    kept[name] = [w.to_dict() for w in found]
+                    self.sheet.write()
+            if name in kept and self.budget.fits(f"compositions: {name}", self.args.guess_plans / 2):
+                with self.budget.part(f"compositions: {name}"), self.trying(f"compositions: {name}"):
+                    until = max(20.0, self.args.reserve * 60)
+                    ours = plans.compositions(lambda: self.budget.left > until)
+                    kept[name] = [w for w in kept[name] if not w["ours"]] + [w.to_dict() for w in ours]
+                    whole[name] = "all were tried" if self.budget.left > until else "some were not tried for want of time"
+                    self.sheet.write()
+            print(f"{name}: {len(kept.get(name, []))} settings; compositions: {whole.get(name, 'not yet')}", flush=True)
 
     # ---- quality -----------------------------------------------------------------------------------------------------------------
 
@@ -513,13 +520,13 @@ class Benchmark:
         for kind in TEXT:
             model: TextModel | None = None
             for batch in numbers(self.args.text_batches):
-                if self.has(group="text", system=kind, rows=batch) or not self.budget.fits(
-                    f"text: {kind}, batch {batch}", self.args.guess_text
-                ):
+                done = {r["name"] for r in self.sheet.content["rows"] if (r["group"], r["system"], r["rows"]) == ("text", kind, batch)}
+                waiting = [n for n in TEXT_SYSTEMS if n not in done]
+                if not waiting or not self.budget.fits(f"text: {kind}, batch {batch}", self.args.guess_text):
                     continue
                 with self.budget.part(f"text: {kind}, batch {batch}"), self.trying(f"text: {kind}, batch {batch}"):
                     model = model or TextModel(kind, self.args.tiny, self.device, self.dtype, self.args.steps, self.args.guidance)
-                    for row in model.times(batch, self.args.repeats, self.args.compile):
+                    for row in model.times(batch, waiting, self.args.repeats, self.args.compile):
                         self.sheet.row(system=kind, group="text", rows=batch, **row)
 
     # ---- page --------------------------------------------------------------------------------------------------------------------
@@ -640,7 +647,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name, value in {"items": None, "steps": 50, "samples": 10_000, "sample-batch": 1000, "seeds": 3, "calibration": 256, "few": 64,
                         "repeats": 7, "subsets": 100}.items():  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=value)
-    for name, guess in {"plans": 150.0, "quality": 30.0, "time": 25.0, "text": 150.0}.items():
+    for name, guess in {"plans": 300.0, "quality": 30.0, "time": 25.0, "text": 300.0}.items():
         parser.add_argument(f"--guess-{name}", type=float, default=guess, help="seconds, until one was seen")
     parser.add_argument("--guidance", type=float, default=1.5)
     parser.add_argument("--tiny", action="store_true", help="a trial of everything")

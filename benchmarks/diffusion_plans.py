@@ -322,7 +322,7 @@ class Plans:
             return torch.tensor([self.images(way(value), self.calibration.few)[1]])
 
         try:
-            found = threshold_for_cost(run, cost, low, high, tolerance=0.01, runs=12)
+            found = threshold_for_cost(run, cost, low, high, tolerance=0.02, runs=8)
         except BudgetInfeasible as error:
             self.say(f"{what}: {error}")
             return None
@@ -361,7 +361,7 @@ class Plans:
     def compositions(self, fits: Callable[[], bool] = lambda: True) -> list[Way]:
         """The best of each kind at each cost, by drift on calibration noise; ``fits`` says whether there is time to go on."""
         tried: list[Way] = []
-        for cost in self.costs:
+        for cost in sorted(self.costs, key=lambda c: abs(c - 0.5)):  # what the bar asks for comes first
             waiting = [*self._caches(cost), *self._stepped(cost), *self._mixed(cost), *self._nested(cost)]
             for way in waiting:
                 if not fits():

@@ -7,12 +7,12 @@ which it costs what was asked for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from diffusion_ways import ByBlock, Called, Counting, Whole, run_sampler, scheduler
+from diffusion_ways import ByBlock, Called, Whole, run_sampler, scheduler
 from torch import Tensor, nn
 
 from offramp import systems
@@ -28,8 +28,12 @@ from offramp.reduce.regions import Regions
 from offramp.train import linear_betas
 
 TEXT = ("text-unet", "text-transformer")
+TEXT_SYSTEMS = ("few-steps", "deepcache", "first-block-cache", "random-skip", "ras")
 COST = 0.5
 """Share of the FLOPs at which systems that can be set to a cost are timed."""
+
+RANGES = {"first-block-cache": (-1.0, 0.0), "random-skip": (0.0, 1.0)}
+"""Thresholds among which that cost is looked for."""
 
 
 def text_denoiser(kind: str, tiny: bool) -> tuple[nn.Module, tuple[int, int, int], tuple[int, int]]:
@@ -110,43 +114,46 @@ class TextModel:
         )
         return make(found.threshold)
 
-    def _denoisers(self, runner: ByBlock) -> Iterator[tuple[str, str, Callable[[], Denoiser]]]:
-        """Every training-free system: name, setting and what makes its denoiser."""
+    def _made(self, name: str, runner: ByBlock) -> tuple[str, Denoiser]:
+        """A system's setting in words and its denoiser.
 
-        def of(points: tuple[Point, ...]) -> Callable[[], Denoiser]:
-            return partial(Denoiser, self.net, points, run=Counting(runner, len(self.net.cut().segments)))
-
-        yield "deepcache", "every 3", of(self.skips["deepcache"](None))
-        for name, low, high in (("first-block-cache", -1.0, 0.0), ("random-skip", 0.0, 1.0)):
+        Raises:
+            UnsupportedModel: it does not run on this denoiser; says why.
+        """
+        if name == "ras":
+            return "half of the tokens", RegionDenoiser(self.net, Regions(0.5, first=max(1, self.steps * 4 // 30), multiple=8))
+        setting, points = "every 3" if name == "deepcache" else "published", self.skips[name](None)
+        if name in RANGES:
             try:
-                yield name, f"cost {COST:g}", of(self._to_cost(name, low, high))
+                setting, points = f"cost {COST:g}", self._to_cost(name, *RANGES[name])
             except BudgetInfeasible as error:
                 print(f"{self.kind}: {name}: {error}", flush=True)
-                yield name, "published", of(self.skips[name](None))
-        yield "ras", "half of the tokens", partial(RegionDenoiser, self.net, Regions(0.5, first=max(1, self.steps * 4 // 30), multiple=8))
+        return setting, Denoiser(self.net, points, run=runner)
 
-    def times(self, batch: int, repeats: int, compiled: bool) -> list[dict[str, Any]]:
-        """A row for each system: time over the compiled, captured full model's in the same rounds, and executed FLOPs."""
+    def times(self, batch: int, names: Sequence[str], repeats: int, compiled: bool) -> Iterator[dict[str, Any]]:
+        """A row for each system, as soon as it is measured: time over the compiled, captured full model's in the same rounds, and FLOPs."""
         noted: list[dict[str, Any]] = []
         self.run(Called(self.module, self.net, noted), batch, 1)
         whole = Whole(self.net, noted[0])
         full = partial(self.run, Called(whole, self.net), batch)
         rows = len(noted[0][self.name])
         runner = ByBlock(self.device, self.device.type == "cuda" and compiled, sorted({max(1, rows // 2), rows}))
-        fewer = max(1, self.steps // 2)
-        out = [self._timed("few-steps", f"{fewer} steps", full, partial(self.run, Called(whole, self.net), batch, fewer), repeats,
-                           {"flops": fewer / self.steps, "cache_bytes": 0})]  # fmt: skip
-        for name, setting, make in self._denoisers(runner):
+        for name in names:
+            if name == "few-steps":
+                fewer = max(1, self.steps // 2)
+                ours = partial(self.run, Called(whole, self.net), batch, fewer)
+                ran = {"flops": fewer / self.steps, "cache_bytes": 0.0}
+                yield self._timed(name, f"{fewer} steps", full, ours, repeats, ran)
+                continue
             try:
-                denoiser = make()
+                setting, denoiser = self._made(name, runner)
             except UnsupportedModel as error:
-                out.append({"way": f"{name}, {setting}", "unsupported": str(error)})
+                yield {"name": name, "way": name, "unsupported": str(error)}
                 continue
             ours = partial(self.run, Called(denoiser, self.net), batch)
             ours()
             ran = {"flops": denoiser.report.cost, "cache_bytes": denoiser.report.cache_bytes / batch}
-            out.append(self._timed(name, setting, full, ours, repeats, ran))
-        return out
+            yield self._timed(name, setting, full, ours, repeats, ran)
 
     def _timed(
         self, name: str, setting: str, full: Callable[[], object], ours: Callable[[], object], repeats: int, ran: Mapping[str, Any]
@@ -154,7 +161,7 @@ class TextModel:
         done = compare({"full": full, "ours": ours}, reference="full", warmup=1, repeats=repeats, device=self.device)
         ratio = done.ratios["ours"]
         return {
-            "way": f"{name}, {setting}", **ran, "over_full": ratio.value, "over_full_95": [ratio.low, ratio.high],
+            "name": name, "way": f"{name}, {setting}", **ran, "over_full": ratio.value, "over_full_95": [ratio.low, ratio.high],
             "median_ms": done.timings["ours"].median_ms, "full_ms": done.timings["full"].median_ms,
             "samples_ms": {n: list(t.samples_ms) for n, t in done.timings.items()},
         }  # fmt: skip
