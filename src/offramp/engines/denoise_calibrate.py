@@ -529,21 +529,18 @@ def calibrate_denoiser(
     if isinstance(target, DriftLimit):
         return _for_drift(net, given, chooser, target, thresholds, made_with, seed)
     chosen = chooser.choose(target.fraction)
-    cost = mean_estimate(given.run(lambda: net.run(chosen.points), True, chosen.share).cost.numpy())
+    spent = given.run(lambda: net.run(chosen.points), True, chosen.share).cost
+    cost = mean_estimate(spent.numpy())
     certificate = Certificate(
         f"Chosen for a mean cost of at most {target.fraction:g} of the full model's; measured on samples that were not used to choose.",
         chosen.how,
         {"mean_cost": target.fraction},
         {"mean_cost": cost},
         False,
-        _count(given),
+        len(spent),
         made_with["model"],
     )
     return DenoisingPlan(net.system.card.name, chosen.points, cost, certificate, made_with, chosen.share)
-
-
-def _count(given: Samples) -> int:
-    return len(given.rows[True]) if isinstance(given, FromNoise) else len(getattr(given, "calls", ()))
 
 
 def _from_noise(

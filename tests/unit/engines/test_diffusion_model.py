@@ -75,6 +75,9 @@ def test_calibrate_and_compile_give_a_pipeline_with_the_users_call(pipe: Any, ca
     assert isinstance(run, type(pipe)) and inspect.signature(run.__call__) == inspect.signature(pipe.__call__)
     assert images(run).isfinite().all() and run.denoiser.report.cost == pytest.approx(plan.cost.value)
     assert plan.made_with["sampler"] == "DDIMScheduler" and plan.made_with["guidance"] == 4.0 and plan.made_with["steps"] == STEPS
+    assert plan.certificate.items == 2, "images, not calls"
+    cached.save(tmp_path)
+    assert torch.equal(images(offramp.load(pipe, tmp_path)), images(cached))
     plan.save(tmp_path)
     again = offramp.load_plan(tmp_path)
     assert again == plan and torch.equal(images(offramp.compile(cached, again)), images(run))
