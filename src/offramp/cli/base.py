@@ -135,30 +135,34 @@ def rule_named(text: str | None, system: System | None) -> Rule:
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], justify: Literal["left", "right"] = "right") -> None:
     """Print a table. Numbers that the terminal is too narrow for go on in a further table with the same first column."""
     cells = [[c if isinstance(c, str) else f"{c:.4g}" if isinstance(c, float) else str(c) for c in row] for row in rows]
-    for part in fitting(columns, cells, console.width) if justify == "right" else [range(len(columns))]:
+    parts, heads = [list(range(len(columns)))], list(columns)
+    if justify == "right" and 1 + sum(max(w, len(name)) + 3 for w, name in zip(least_widths(columns, cells), columns)) > console.width:
+        parts, heads = fitting(least_widths(columns, cells), console.width), [name.replace(" ", "\n") for name in columns]
+    for part in parts:
         drawn = Table(title=title or None, title_justify="left", header_style="bold")
         for index in part:
-            drawn.add_column(columns[index], justify="left" if index == 0 else justify, overflow="fold", no_wrap=index == 0)
+            drawn.add_column(heads[index], justify="left" if index == 0 else justify, overflow="fold", no_wrap=index == 0)
         for row in cells:
             drawn.add_row(*(row[index] for index in part))
         console.print(drawn)
         title = ""
 
 
-def fitting(columns: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> list[Sequence[int]]:
-    """Columns of a table in parts of at most this width, as far as one column beside the first fits, the first in each part.
-
-    A heading may be broken between words, a cell may not.
-    """
-    wide = [
+def least_widths(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[int]:
+    """Characters that each column needs: a heading may be broken between words, a cell may not."""
+    return [
         max([*map(len, name.split()), *(Text.from_markup(row[k]).cell_len for row in rows)], default=0) for k, name in enumerate(columns)
     ]
-    parts: list[list[int]] = [[0]] if columns else []
-    for k in range(1, len(columns)):
-        if len(parts[-1]) > 1 and 1 + sum(wide[j] + 3 for j in (*parts[-1], k)) > width:
+
+
+def fitting(widths: Sequence[int], most: int) -> list[list[int]]:
+    """Numbers of columns in parts that fit into so many characters, as far as one column beside the first does, the first in each."""
+    parts: list[list[int]] = [[0]] if widths else []
+    for k in range(1, len(widths)):
+        if len(parts[-1]) > 1 and 1 + sum(widths[j] + 3 for j in (*parts[-1], k)) > most:
             parts.append([0])
         parts[-1].append(k)
-    return list(parts)
+    return parts
 
 
 def percent(value: float) -> str:
