@@ -102,6 +102,7 @@ class Captured:
     _steps: dict[Any, _Step] = field(default_factory=dict, repr=False)
     _rooms: dict[Any, Any] = field(default_factory=dict, repr=False)
     _weights: dict[Any, Any] = field(default_factory=dict, repr=False)
+    _read: dict[Any, tuple[str, ...]] = field(default_factory=dict, repr=False)
 
     reuses = True
 
@@ -127,7 +128,7 @@ class Captured:
         if state.at == 0:
             self._drop_moved(cut)
             self._rows[cut] = state.rows
-        read, made = _reads(cut, state.at, stop), cut.made(state.at, stop)
+        read, made = self._reads(cut, state.at, stop), cut.made(state.at, stop)
         for name in (*read, *made):
             if len(cut.batch_dims.get(name, ())) > 1:
                 raise InvalidInput(f"The tensor {name!r} holds the batch in two dimensions; run this model without graphs.")
@@ -148,9 +149,16 @@ class Captured:
 
     def through(self, cut: Cut, state: CutState, start: int, stop: int) -> CutState:
         """Segments ``start`` to ``stop - 1`` compiled, not captured: shared by all that captures them."""
-        read = _reads(cut, start, stop)
+        read = self._reads(cut, start, stop)
         made = self._function(cut, start, stop, read)[1](*(state.values[n] for n in read))
         return cut.skip(state, stop, dict(zip(cut.made(start, stop), made, strict=True)))
+
+    def _reads(self, cut: Cut, start: int, stop: int) -> tuple[str, ...]:
+        """Live tensors that segments ``start`` to ``stop - 1`` read, of those live at ``start``."""
+        if (cut, start, stop) not in self._read:
+            wanted = {n for segment in cut.segments[start:stop] for n in segment.inputs}
+            self._read[cut, start, stop] = tuple(n for n in cut.names(start) if n in wanted)
+        return self._read[cut, start, stop]
 
     def _function(self, cut: Cut, start: int, stop: int, read: tuple[str, ...]) -> tuple[Any, Any]:
         """As exported, and compiled."""
@@ -246,13 +254,6 @@ def _bring(memory: Memory, room: list[dict[str, Tensor]]) -> None:
                 tensor.copy_(snapshot[name])
     if room:
         memory.snapshots = room[: len(memory.snapshots)]
-
-
-def _reads(cut: Cut, start: int, stop: int) -> tuple[str, ...]:
-    """Live tensors that segments ``start`` to ``stop - 1`` read, of those live at ``start``."""
-    have = cut.names(start)
-    wanted = {n for segment in cut.segments[start:stop] for n in segment.inputs}
-    return tuple(n for n in have if n in wanted)
 
 
 def _function(cut: Cut, start: int, stop: int, read: tuple[str, ...]) -> Any:

@@ -6,7 +6,7 @@ Shapes: ``B`` rows of a call, ``R`` of them at hand.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -73,7 +73,7 @@ class Walk:
         share = {x: noise_share(x) for x in set(self.moment.log_snr)}
         self.noise = [share[x] for x in self.moment.log_snr]
         self.level: Tensor | None = None
-        self.landing: dict[int, list[_Group]] = {}
+        self.landing: dict[int, list[Callable[[], _Group]]] = {}
         self.open: dict[int, _Open] = {}
         self.passed: dict[int, _Group] = {}
         self.indices: dict[tuple[int, ...], Tensor] = {}
@@ -85,7 +85,7 @@ class Walk:
         stops = sorted({0, last, *self.since, *(b for p in self.points for b in (p.start, p.stop))})
         group: _Group | None = _Group(self.everyone, state)
         for boundary, following in zip(stops, [*stops[1:], last], strict=True):
-            group = self._joined([*([group] if group else []), *self.landing.pop(boundary, [])])
+            group = self._joined([*([group] if group else []), *(land() for land in self.landing.pop(boundary, []))])
             if group is None:
                 continue
             for point in self.points:
@@ -169,7 +169,7 @@ class Walk:
         if point.point.threshold == math.inf:
             return group
         memory = self.branch.memories[point.index]
-        reasons = [must_compute(point, self.branch, memory, row, self.final[row], self.why) for row in group.rows]
+        reasons = self._reasons(point, memory, group.rows)
         asked = [row for row, reason in zip(group.rows, reasons, strict=True) if not reason]
         self.record.reasons.update((point.index, reason) for reason in reasons if reason)
         if not asked:
@@ -185,10 +185,23 @@ class Walk:
         gone = [r for r, code in zip(asked, codes, strict=True) if code == 1]
         if not gone:
             return group
-        self._skip(point, memory, _Group(gone, self._rows_of(group, gone)))
+        # Filled where they land: the rows that compute are on their way before.
+        self.landing.setdefault(point.stop, []).append(lambda: self._filled(point, memory, _Group(gone, self._rows_of(group, gone))))
+        self._skip(point, gone)
         away = set(gone)
         left = [r for r in group.rows if r not in away]
         return _Group(left, self._rows_of(group, left)) if left else None
+
+    def _reasons(self, point: BoundPoint, memory: Memory, rows: list[int]) -> list[str]:
+        """Why each row must compute, or ``""``; rows that stand alike have the same reason."""
+        found: dict[tuple[bool, int, bool, int], str] = {}
+        reasons = []
+        for r in rows:
+            stands = (not memory.noise[r], self.branch.step[r], self.final[r], memory.age[r])
+            if stands not in found:
+                found[stands] = must_compute(point, self.branch, memory, r, self.final[r], self.why)
+            reasons.append(found[stands])
+        return reasons
 
     def _measured(self, point: BoundPoint, signal: Measured, memory: Memory, asked: _Group) -> list[int]:
         """1 = skip, 0 = the score is too low, -1 = it is not finite or what is remembered is not, -2 = nothing to compare with."""
@@ -208,8 +221,17 @@ class Walk:
         codes: list[int] = torch.where(sound, (score >= point.point.threshold).to(torch.int8), -1).tolist()  # the one host read
         return codes
 
-    def _skip(self, point: BoundPoint, memory: Memory, gone: _Group) -> None:
-        """Rows land at the end of the point with its fill."""
+    def _skip(self, point: BoundPoint, rows: list[int]) -> None:
+        """Note that rows skip."""
+        self.record.spend(rows, 0, point.fill_flops)
+        for r in rows:
+            self.record.fired[r].append(point.index)
+        for other in self.points:  # what is under way across this place is not computed any more
+            if other.index in self.open and other.start <= point.start < other.stop:
+                self.open[other.index].dirty.update(rows)
+
+    def _filled(self, point: BoundPoint, memory: Memory, gone: _Group) -> _Group:
+        """Rows at the end of the point with its fill."""
         fill, rows, state = point.point.fill, gone.rows, gone.state
         if fill.reads_head:
             level = self._levels(rows)
@@ -222,13 +244,7 @@ class Walk:
             made = fill.fill(self._start(point, state), remembered, weights)
         if point.stop == len(self.cut.segments):  # the caller may write into what it is given
             made = {n: t.clone() for n, t in made.items()}
-        self.landing.setdefault(point.stop, []).append(_Group(rows, self.cut.skip(state, point.stop, made)))
-        self.record.spend(rows, 0, point.fill_flops)
-        for r in rows:
-            self.record.fired[r].append(point.index)
-        for other in self.points:  # what is under way across this place is not computed any more
-            if other.index in self.open and other.start <= point.start < other.stop:
-                self.open[other.index].dirty.update(rows)
+        return _Group(rows, self.cut.skip(state, point.stop, made))
 
     def _coefficients(self, point: BoundPoint, memory: Memory, rows: list[int], held: int) -> list[list[float]]:
         """Weights of the remembered steps for each row; rows that remember the same steps have the same."""
