@@ -2,7 +2,7 @@
 
     python feature_net.py     --data IMAGES --out runs/features
     python train_diffusion.py flow     --data IMAGES --out runs/diffusion          (and noise, unet, variants)
-    python diffusion.py --models runs/diffusion --data IMAGES --features runs/features --out results/diffusion_h100.json
+    python diffusion.py --models runs/diffusion --data IMAGES --features runs/features --work runs/table --out results/diffusion_h100.json
     python diffusion.py --models runs/tiny --tiny --out /tmp/diffusion.json        everything in about a minute on a CPU
 
 In parts, each within the minutes of the call and written to disk as it is done; what a call has no time for is left out, named, and done
@@ -226,7 +226,7 @@ class Benchmark:
         self.args, self.budget = args, Budget(args.minutes)
         self.device = torch.device(args.device)
         self.dtype = getattr(torch, args.dtype or ("bfloat16" if self.device.type == "cuda" else "float32"))
-        self.work = Path(args.work or Path(args.out).with_suffix("")) if not args.tiny else Path(args.out).with_suffix("")
+        self.work = Path(args.work or Path(args.out).with_suffix(""))
         self.work.mkdir(parents=True, exist_ok=True)
         self.costs = check_costs([float(c) for c in args.costs.split(",")])
         self.families: dict[str, dict[str, Model]] = {}
