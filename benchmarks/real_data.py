@@ -84,8 +84,9 @@ class Study:
 
 
 def study(configs: Path, variant: str) -> Study:
-    """Read a variant of all configurations that have it."""
-    files = [f for f in sorted(configs.glob("*.toml")) if variant in reproducing.variants(f)]
+    """Read a variant of the configurations of all classifiers that have it."""
+    classifiers = [f for f in sorted(configs.glob("*.toml")) if systems.load_card(f.stem).engine == "classify"]
+    files = [f for f in classifiers if variant in reproducing.variants(f)]
     if not files:
         raise SystemExit(f"No configuration in {configs} has a variant {variant!r}.")
     settings = {f.stem: reproducing.load_settings(f, variant) for f in files}

@@ -11,7 +11,7 @@ github.com/razvanmatisan/duodiff):
     - The weight 1 - u of an exit's loss passes no gradient, so that an exit cannot gain by calling itself uncertain.
     - The uncertainty reads the noise level and not the time step.
 
-Checked: the uncertainty is one linear map of state and time under a sigmoid, averaged over tokens; its target is the mean of
+Checked against both: the uncertainty is one linear map of state and time under a sigmoid, averaged over tokens; its target is the mean of
 |tanh(error)|; both weights are 1; an exit is a layer norm, a linear map and a 3x3 convolution. Not checked: the paper's thresholds; that of
 the reproduction's table is the default.
 

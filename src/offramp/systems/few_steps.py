@@ -4,6 +4,8 @@ Delta: none, it changes no method here. Axis: the number of steps.
 
 Deviations: none that is known; the sampler's own way of spacing fewer steps is used.
 
+Checked against no code: the samplers are the user's, and their own spacing of fewer steps is what is measured.
+
 Reference: J. Song, C. Meng, S. Ermon. Denoising Diffusion Implicit Models. ICLR 2021. arXiv:2010.02502.
 """
 

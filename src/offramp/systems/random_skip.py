@@ -4,6 +4,8 @@ Delta from first-block-cache: skips = at random, threshold = on a uniform number
 
 Deviations: none that is known; in the cited paper blocks are dropped at random in training, here they are reused at random in sampling.
 
+Checked against no code: it is a control, the cited paper the first to drop blocks at random.
+
 Reference: G. Huang, Y. Sun, Z. Liu, D. Sedra, K. Weinberger. Deep Networks with Stochastic Depth. ECCV 2016. arXiv:1603.09382.
 """
 

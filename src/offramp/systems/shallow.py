@@ -4,6 +4,8 @@ Delta from ee-diffusion: skips = the same blocks at every noise level, train = t
 
 Deviations: none that is known; the cited paper trains models of several depths and widths, here depth alone changes.
 
+Checked against no code: it is a control, the cited paper the one whose models differ in depth.
+
 Reference: W. Peebles, S. Xie. Scalable Diffusion Models with Transformers. ICCV 2023. arXiv:2212.09748.
 """
 

@@ -6,6 +6,8 @@ chosen afterwards.
 Deviations: none; it is this library's own. The loss of every exit at every noise level is measured, and the choice of one depth for each
 level within a budget is a multiple-choice knapsack, solved exactly. That losses of steps add up is an assumption.
 
+Checked against no code: there is none; the choice is tested against trying every schedule.
+
 Reference: H. Kellerer, U. Pferschy, D. Pisinger. Knapsack Problems. Springer 2004, chapter 11.
 """
 

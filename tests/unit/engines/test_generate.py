@@ -362,7 +362,7 @@ class TestEnds:
             generate(lm, [[1, 97]])
         with pytest.raises(InvalidInput, match="max_new_tokens"):
             generate(lm, [[1]], max_new_tokens=0)
-        with pytest.raises(InvalidInput, match="one per prompt"):
+        with pytest.raises(InvalidInput, match="one for each of the 1 prompts"):
             generate(lm, [[1]], seed=[1, 2])
 
 
