@@ -7,23 +7,18 @@ With names, only those rows are measured again and the others are kept.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import sys
 import warnings
 from pathlib import Path
 
-import torch
+import torchvision_operators
 
 ROOT = Path(__file__).resolve().parents[1]
 JSON, PAGE = ROOT / "benchmarks" / "results" / "capabilities.json", ROOT / "docs" / "capabilities.md"
 
-# torchvision's compiled operators do not load beside a CPU-only torch; timm and transformers need their schemas only.
-with contextlib.suppress(RuntimeError):
-    _LIBRARY = torch.library.Library("torchvision", "DEF")
-    _LIBRARY.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    _LIBRARY.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+torchvision_operators.provide()
 warnings.filterwarnings("ignore")
 logging.disable(logging.ERROR)
 

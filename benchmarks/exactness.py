@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torchvision_operators
 from lm_common import Budget, Sheet, asked_parts, compare_texts, in_turn, run_parts, small_tokenizer, spec_bench, tokens_per_round
 from torch import Tensor, nn
 
@@ -443,23 +444,6 @@ class Exactness:
             self.sheet.write()
 
 
-def let_transformers_load() -> None:
-    """torchvision's compiled operators do not load beside a PyTorch for CPUs alone; transformers needs two schemas of them and no more."""
-    try:
-        import torchvision  # noqa: F401
-    except ImportError:
-        return
-    except RuntimeError:
-        library = torch.library.Library("torchvision", "DEF")
-        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _KEPT.append(library)
-
-
-_KEPT: list[Any] = []
-"""Schemas last as long as the library that defined them."""
-
-
 def batches(given: str) -> list[str]:
     """Sizes of batches with commas between, a plus between those that take turns."""
     found = given.split(",")
@@ -469,7 +453,7 @@ def batches(given: str) -> list[str]:
 
 
 def measure(args: argparse.Namespace) -> None:
-    let_transformers_load()
+    torchvision_operators.provide()
     run = Exactness(args)
     parts = {"sampling": run.sampling, "cache": run.cache, "mates": run.mates, "greedy": run.greedy}
     run_parts(parts, asked_parts(args.parts, PARTS), run.sheet)

@@ -1,9 +1,10 @@
-"""What every test needs: torchvision's operator schemas before anything imports timm or transformers, few threads, the shared data."""
+"""What every test needs: a torchvision that can be imported, before anything imports timm or transformers, few threads, the shared data."""
 
 from __future__ import annotations
 
-import contextlib
+import importlib.util
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,13 @@ import torch
 
 torch.set_num_threads(1)
 
-# On a CPU-only torch the registry's torchvision does not load its compiled operators; timm and transformers import it and need
-# the schemas only. Where the operators are there, defining them again fails, and that is fine.
-with contextlib.suppress(RuntimeError):
-    _LIBRARY = torch.library.Library("torchvision", "DEF")
-    _LIBRARY.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    _LIBRARY.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+_SPEC = importlib.util.spec_from_file_location(
+    "torchvision_operators", Path(__file__).resolve().parents[1] / "benchmarks" / "torchvision_operators.py"
+)
+assert _SPEC is not None and _SPEC.loader is not None
+_OPERATORS = sys.modules["torchvision_operators"] = importlib.util.module_from_spec(_SPEC)  # benchmarks import it by this name
+_SPEC.loader.exec_module(_OPERATORS)
+_OPERATORS.provide()
 
 
 @pytest.fixture(scope="session")
