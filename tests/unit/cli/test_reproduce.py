@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -134,7 +135,7 @@ class TestRun:
                 assert row["fixed"] >= row["random"] - 1e-9
                 assert row["calibration_cost"] <= row["budget"] + 1e-9
                 assert row["drop"] == pytest.approx(seed["full"]["accuracy"] - row["accuracy"])
-        assert found["environment"]["versions"]["torch"] == torch.__version__
+        assert found["environment"]["versions"]["torch"] == metadata.version("torch")
 
     def test_needs_a_path(self, tmp_path: Path, offramp: Callable[..., object]) -> None:
         write(tmp_path, BASE.replace('data = "digits"', 'data = "images"\ntrain = "{data}"'))

@@ -7,6 +7,7 @@ import lzma
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -212,7 +213,7 @@ class TestRun:
         assert done.exit_code == 0, done.output
         assert "verdict" in done.output and "claim" in done.output
         found = json.loads((tmp_path / f"{name}--tiny--cpu.json").read_text())
-        assert found["settings"]["blocks"] == 3 and found["environment"]["versions"]["torch"] == torch.__version__
+        assert found["settings"]["blocks"] == 3 and found["environment"]["versions"]["torch"] == metadata.version("torch")
         seed = found["seeds"][0]
         row = seed["budgets"][-1]
         assert len(row["timing"]["timings"]["ours"]["samples_ms"]) == 1 and seed["static"][0]["cost"] < 1
