@@ -3,7 +3,7 @@
     python feature_net.py     --data IMAGES --out runs/features
     python train_diffusion.py flow     --data IMAGES --out runs/diffusion          (and noise, unet, variants)
     python diffusion.py --models runs/diffusion --data IMAGES --features runs/features --work runs/table --out results/diffusion_h100.json
-    python diffusion.py --models runs/tiny --tiny --out /tmp/diffusion.json        everything in about a minute on a CPU
+    python diffusion.py --models runs/tiny --tiny --out runs/tiny.json        everything in about a minute on a CPU
 
 In parts, each within the minutes of the call and written to disk as it is done; what a call has no time for is left out, named, and done
 by the next call with the same arguments. In the order in which they matter:
