@@ -535,10 +535,7 @@ def measured(predicate: Predicate, rows: Sequence[Mapping[str, Any]]) -> float |
     """The number that a predicate compares, from the budgets of one seed that count; ``None`` if none of them gives it."""
     chosen = [r for r in rows if not r.get("infeasible") and predicate.counts(r["budget"])]
     values = [float(r[predicate.metric]) for r in chosen if r.get(predicate.metric) is not None]
-    if not values:
-        return None
-    upper = (predicate.relation == "<=") == (predicate.over == "worst")
-    return statistics.fmean(values) if predicate.over == "mean" else max(values) if upper else min(values)
+    return predicate.combined(values)
 
 
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import statistics
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -28,10 +27,10 @@ from offramp.budget import MeanCost, threshold_for_cost
 from offramp.cli import data as reading
 from offramp.cli.config import read_toml, unknown_key
 from offramp.cli.image_nets import EulerFlow, Features, SmallDiT
-from offramp.cli.reproduce import across_seeds, verdict
+from offramp.cli.reproduce import across_seeds, measured, verdict
 from offramp.core.errors import BudgetInfeasible, InvalidInput, NoEffectWarning
 from offramp.core.noise import FlowMatching
-from offramp.core.system import Predicate, System
+from offramp.core.system import System
 from offramp.diffusion import DenoisingNet
 from offramp.engines.denoise import Denoiser
 from offramp.engines.diffusion_model import DiffusionModel, attach_diffusion
@@ -434,15 +433,6 @@ def _gain(row: Mapping[str, Any], control: Sequence[Mapping[str, Any]], full: fl
         return None
     reference = curve("control", upper_hull([*points, Point("full", 1.0, -full)]))
     return (-interpolate(reference, row["cost"]) - row["fid"]) / full
-
-
-def measured(predicate: Predicate, rows: Sequence[Mapping[str, Any]]) -> float | None:
-    """The number that a predicate compares, from the costs of one seed that count; ``None`` if none of them gives it."""
-    values = [float(r[predicate.metric]) for r in rows if r.get(predicate.metric) is not None and predicate.counts(r["budget"])]
-    if not values:
-        return None
-    upper = (predicate.relation == "<=") == (predicate.over == "worst")
-    return statistics.fmean(values) if predicate.over == "mean" else max(values) if upper else min(values)
 
 
 def reproduce(

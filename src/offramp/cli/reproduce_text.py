@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import math
-import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -331,10 +330,7 @@ def measured(predicate: Predicate, rows: Sequence[Mapping[str, Any]], lossless: 
     """The number that a predicate compares, from the settings of one seed that count; ``None`` if none of them gives it."""
     anywhere = lossless and predicate.budget is None
     values = [float(r[predicate.metric]) for r in rows if r.get(predicate.metric) is not None and (anywhere or _counts_at(predicate, r))]
-    if not values:
-        return None
-    upper = (predicate.relation == "<=") == (predicate.over == "worst")
-    return statistics.fmean(values) if predicate.over == "mean" else max(values) if upper else min(values)
+    return predicate.combined(values)
 
 
 def _counts_at(predicate: Predicate, row: Mapping[str, Any]) -> bool:
@@ -399,8 +395,10 @@ def conclude(
         "predicate": asdict(predicate),
         "measured": None if got is None else {**got, "values": values},
         "verdict": verdict(predicate, estimate) if estimate is not None else "not measured: no setting cost less than the full model",
-        "summary": {"rows": list(_summary(seeds, "budgets", "setting")), "fixed": list(_summary(seeds, "fixed", "name")),
-                    "static": list(_summary(seeds, "static", "name"))},
+        "summary": {
+            part: list(summary_rows(seeds, given, label, SHOWN))
+            for part, given, label in (("rows", "budgets", "setting"), ("fixed", "fixed", "name"), ("static", "static", "name"))
+        },
         "environment": dict(machine),
         "settings": asdict(settings),
         "composition": {axis: systems.describe(getattr(system, axis)) for axis in systems.AXES if getattr(system, axis) is not None},
@@ -415,12 +413,12 @@ SHOWN = (
 """The numbers of a row that are averaged over seeds, in the order they are shown."""
 
 
-def _summary(seeds: Sequence[Mapping[str, Any]], part: str, label: str) -> Iterator[dict[str, Any]]:
-    """Rows averaged over seeds, each number with its interval."""
+def summary_rows(seeds: Sequence[Mapping[str, Any]], part: str, label: str, shown: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Rows of a part averaged over seeds, each number that is shown with its interval."""
     for name in dict.fromkeys(row[label] for seed in seeds for row in seed[part]):
         same = [row for seed in seeds for row in seed[part] if row[label] == name]
         out: dict[str, Any] = {"name": name}
-        for key in SHOWN:
+        for key in shown:
             values = [float(r[key]) for r in same if r.get(key) is not None]
             if values:
                 e = across_seeds(values)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import lzma
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from offramp import systems
 from offramp.backbones.masked_lm import MaskedLM, bidirectional, masked_lm
 from offramp.cli.config import read_toml, unknown_key
-from offramp.cli.reproduce import across_seeds, verdict
+from offramp.cli.reproduce import across_seeds, measured, verdict
+from offramp.cli.reproduce_text import summary_rows
 from offramp.core.errors import InvalidInput
 from offramp.core.modes import evaluating
-from offramp.core.system import Predicate
 from offramp.engines.unmask import Unmasked, unmask
 from offramp.measure.clock import compare, environment
 from offramp.measure.pareto import Point, curve, interpolate, upper_hull
@@ -311,15 +311,6 @@ def _timed(lm: MaskedLM, settings: UnmaskSettings, default: Unmask, prompts: Seq
 # ---- the result ----------------------------------------------------------------------------------------------------------
 
 
-def measured(predicate: Predicate, rows: Sequence[Mapping[str, Any]]) -> float | None:
-    """The number that a predicate compares, from the settings of one seed that count; ``None`` if none of them gives it."""
-    values = [float(r[predicate.metric]) for r in rows if r.get(predicate.metric) is not None and predicate.counts(r["budget"])]
-    if not values:
-        return None
-    upper = (predicate.relation == "<=") == (predicate.over == "worst")
-    return statistics.fmean(values) if predicate.over == "mean" else max(values) if upper else min(values)
-
-
 def reproduce(
     name: str, settings: UnmaskSettings, *, variant: str, data: str | None = None, device: str = "cpu", say: Say = lambda text: None
 ) -> dict[str, Any]:
@@ -354,9 +345,9 @@ def reproduce(
         "measured": None if got is None else {**got, "values": values},
         "verdict": verdict(predicate, estimate),
         "summary": {
-            "rows": list(_summary(seeds, "budgets")),
-            "fixed": list(_summary(seeds, "fixed")),
-            "blocks": list(_summary(seeds, "blocks")),
+            "rows": list(summary_rows(seeds, "budgets", "name", SHOWN)),
+            "fixed": list(summary_rows(seeds, "fixed", "name", SHOWN)),
+            "blocks": list(summary_rows(seeds, "blocks", "name", SHOWN)),
         },
         "environment": environment(device),
         "settings": asdict(settings),
@@ -367,19 +358,6 @@ def reproduce(
 
 SHOWN = ("cost", "share", "agreement", "same_text", "nll", "tokens_per_step", "refresh_rate", "gain_over_fixed")
 """The numbers of a row that are averaged over seeds, in the order they are shown."""
-
-
-def _summary(seeds: Sequence[Mapping[str, Any]], part: str) -> Iterator[dict[str, Any]]:
-    """Rows averaged over seeds, each number with its interval."""
-    for name in dict.fromkeys(row["name"] for seed in seeds for row in seed[part]):
-        same = [row for seed in seeds for row in seed[part] if row["name"] == name]
-        out: dict[str, Any] = {"name": name}
-        for key in SHOWN:
-            values = [float(r[key]) for r in same if r.get(key) is not None]
-            if values:
-                e = across_seeds(values)
-                out[key] = [e.value, e.low, e.high]
-        yield out
 
 
 def table_rows(result: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:

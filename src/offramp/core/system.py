@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -70,6 +71,13 @@ class Predicate:
     def counts(self, budget: float) -> bool:
         """Whether what was measured at a budget (a share of the full model's FLOPs) is part of the test."""
         return budget < 1 if self.budget is None else math.isclose(budget, self.budget)
+
+    def combined(self, values: Sequence[float]) -> float | None:
+        """One number of those of several budgets, as ``over`` says; ``None`` of none."""
+        if not values:
+            return None
+        upper = (self.relation == "<=") == (self.over == "worst")
+        return statistics.fmean(values) if self.over == "mean" else max(values) if upper else min(values)
 
     def holds(self, measured: float) -> bool:
         """Whether a measured number satisfies it."""
