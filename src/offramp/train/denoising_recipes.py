@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from offramp.core.errors import InvalidInput
 from offramp.policies.skips import layer_groups
 from offramp.train.denoising import ExitsView
 from offramp.train.losses import per_item
-from offramp.train.recipe import FinalOnly, Joint, Objective, Recipe, Seen
+from offramp.train.recipe import Around, FinalOnly, Joint, Objective, Recipe, Seen
 
 if TYPE_CHECKING:
     from offramp.network import MultiExit
@@ -87,7 +87,7 @@ class ScheduledDepth(Recipe):
 
 
 @dataclass(frozen=True)
-class Holding(Recipe):
+class Holding(Around):
     """Another recipe, with some of the model's weights held as they are: Moon et al. (2024) do not train the time embedder.
 
     Attributes:
@@ -104,22 +104,6 @@ class Holding(Recipe):
                 f"Holding takes a recipe of one phase and without a rule, got {type(self.inner).__name__}. Put Holding inside."
             )
 
-    @property
-    def trains_model(self) -> bool:
-        return self.inner.trains_model
-
-    @property
-    def trains_heads(self) -> bool:
-        return self.inner.trains_heads
-
-    @property
-    def equilibrium(self) -> bool:
-        return self.inner.equilibrium
-
-    @property
-    def needs_cost(self) -> bool:
-        return self.inner.needs_cost
-
     @contextmanager
     def around(self, net: MultiExit) -> Iterator[None]:
         held = [p for path, p in net.model.named_parameters() if set(self.names) & set(path.split("."))]
@@ -134,12 +118,6 @@ class Holding(Recipe):
         finally:
             for p, flag in zip(held, flags, strict=True):
                 p.requires_grad_(flag)
-
-    def observe(self, logits: tuple[Tensor, ...], states: tuple[Tensor, ...]) -> Any:
-        return self.inner.observe(logits, states)
-
-    def objective(self, seen: Seen) -> Objective:
-        return self.inner.objective(seen)
 
 
 @dataclass(frozen=True)

@@ -259,6 +259,37 @@ class Alternating(Recipe):
         return weighted(FinalOnly() if seen.step % 2 == 0 else self.weights, seen)
 
 
+class Around(Recipe):
+    """A recipe that does something around the forward of another and leaves everything else to it."""
+
+    inner: Recipe
+
+    @property
+    def trains_model(self) -> bool:
+        return self.inner.trains_model
+
+    @property
+    def trains_heads(self) -> bool:
+        return self.inner.trains_heads
+
+    @property
+    def equilibrium(self) -> bool:
+        return self.inner.equilibrium
+
+    @property
+    def needs_cost(self) -> bool:
+        return self.inner.needs_cost
+
+    def around(self, net: MultiExit) -> AbstractContextManager[None]:
+        return self.inner.around(net)
+
+    def observe(self, logits: tuple[Tensor, ...], states: tuple[Tensor, ...]) -> Any:
+        return self.inner.observe(logits, states)
+
+    def objective(self, seen: Seen) -> Objective:
+        return self.inner.objective(seen)
+
+
 @dataclass(frozen=True)
 class ToLast:
     """Every early exit learns from the model's own answer (Phuong and Lampert 2019; LGViT; Dynamic Perceiver)."""

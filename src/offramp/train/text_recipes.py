@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from offramp.budget.depth_schedule import LinearDepth
 from offramp.core.errors import InvalidInput
 from offramp.train.losses import per_item
-from offramp.train.recipe import Explicit, FinalOnly, Joint, Objective, Recipe, Seen, weighted
+from offramp.train.recipe import Around, Explicit, FinalOnly, Joint, Objective, Recipe, Seen, weighted
 from offramp.train.text import TextNet
 
 if TYPE_CHECKING:
@@ -160,24 +160,8 @@ class EarlyExitLoss(Recipe):
         return weighted(Explicit(self.weights(seen.step, seen.progress)), seen)
 
 
-class _Around(Recipe):
-    """A recipe that does something around the forward of another and leaves everything else to it."""
-
-    inner: Recipe
-
-    @property
-    def trains_heads(self) -> bool:
-        return self.inner.trains_heads
-
-    def observe(self, logits: tuple[Tensor, ...], states: tuple[Tensor, ...]) -> Any:
-        return self.inner.observe(logits, states)
-
-    def objective(self, seen: Seen) -> Objective:
-        return self.inner.objective(seen)
-
-
 @dataclass(frozen=True)
-class LayerDropout(_Around):
+class LayerDropout(Around):
     """Each text skips each block by chance, deeper ones more often (LayerSkip, section 4.1.1).
 
     Block ``l`` of ``L``, counted from 0, is skipped with probability ``rate * (2^(l / (L - 1)) - 1)``: never the first, the last with
@@ -228,7 +212,7 @@ def used(schedule: LinearDepth, length: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Skipping(_Around):
+class Skipping(Around):
     """Trains, and evaluates, a model that skips blocks by position: as it will run (SkipDecode, Del Corro et al. 2023).
 
     What runs at a position is a part of what ran at every earlier one, so that the keys and values a token misses are missed by nobody.
