@@ -295,8 +295,8 @@ class Benchmark:
             elif self.args.tiny:
                 torch.manual_seed(0)
                 self._features = {
-                    "trained": frozen(FeatureNet(8, 16, 10, 1).eval()),
-                    "random": frozen(random_net(real, width=8, dimensions=16)),
+                    "trained": frozen(FeatureNet(8, 16, 10, 1).eval(), self.device),
+                    "random": frozen(random_net(real, width=8, dimensions=16), self.device),
                 }
             else:
                 raise SystemExit("--features is needed: the folder that feature_net.py wrote.")

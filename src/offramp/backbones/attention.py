@@ -100,6 +100,7 @@ def _kernel() -> Any:
         GROUP: tl.constexpr, QUERIES: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr,
         PADDED_Q: tl.constexpr, PADDED_D: tl.constexpr, BLOCK: tl.constexpr, CAPPED: tl.constexpr, WINDOWED: tl.constexpr,
     ):  # fmt: skip
+        scaling, softcap = tl.cast(scaling, tl.float32), tl.cast(softcap, tl.float32)  # a compiler hands Python's numbers over as float64
         row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
         group = head // GROUP
         q, d, n = tl.arange(0, PADDED_Q), tl.arange(0, PADDED_D), tl.arange(0, BLOCK)
