@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from offramp.backbones.attention import decoding_attention, masked_attention, wants_kernel
+from offramp.backbones.joined import joined_projections
 from offramp.backbones.kv import KVCache, Writer
 from offramp.core.errors import UnsupportedModel
 from offramp.core.modes import evaluating
@@ -128,10 +129,13 @@ class Decoder:
         vocabulary: size of the output.
         max_positions: most tokens that can be embedded, or ``None`` where nothing bounds positions: a table of them, or rotations that
             change beyond a length.
+        captured: whether a graph reads the parameters where they are.
     """
 
     def __init__(self, model: Any) -> None:
         self.model: Any = model
+        self.captured = False
+        self._before: list[Tensor] = []
         name = type(model).__name__
         config = getattr(model, "config", None)
         if config is None or not hasattr(model, "get_output_embeddings"):
@@ -202,6 +206,21 @@ class Decoder:
 
     def __len__(self) -> int:
         return len(self.blocks)
+
+    def joined(self) -> Decoder:
+        """This decoder with query, key and value of each block made by one product, where they are plain layers of their own.
+
+        The model's parameters keep their values and identity, but become views of larger tensors (`offramp.backbones.joined`). Memory
+        that graphs of ours read is kept; a graph that somebody else captured of this model before must be captured again. Such a
+        model is saved by ``save_pretrained`` and by safetensors' ``save_file`` as before; its ``save_model`` refuses views.
+        """
+        made = copy.copy(self)
+        made.blocks = []
+        for block in self.blocks:
+            name, attention = next((n, m) for n in _ATTENTIONS if isinstance(m := getattr(block, n, None), nn.Module))
+            parts = joined_projections(attention, self._before if self.captured else None)
+            made.blocks.append(_seen_through(block, **{name: _seen_through(attention, **parts)}) if parts else block)
+        return made
 
     @property
     def device(self) -> torch.device:

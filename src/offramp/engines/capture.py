@@ -16,7 +16,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Tuning:
-    """What the compiler may try beyond its defaults, for the pieces that are given it alone: its global settings stay as they are.
+    """What may be tried beyond the compiler's defaults, for the pieces that are given it alone: its global settings stay as they are.
 
     Each costs compile time; what each gains depends on the model and the machine, so measure.
 
@@ -24,12 +24,15 @@ class Tuning:
         coordinate_descent: search sizes of each generated kernel one at a time. A product with one row, which is what decoding at batch 1
             consists of, is then generated code too instead of a library call.
         max_autotune: time several implementations of every matrix product and keep the fastest: for the few rows of a verification.
-        combo_kernels: launch independent small kernels as one, such as the products that make query, key and value.
+        combo_kernels: launch independent small kernels as one.
+        joined_projections: make query, key and value by one product, in engines that decode: the model's three weights become views of
+            one tensor, values unchanged (`offramp.backbones.decoder.Decoder.joined`).
     """
 
     coordinate_descent: bool = False
     max_autotune: bool = False
     combo_kernels: bool = False
+    joined_projections: bool = False
 
     def options(self) -> dict[str, Any]:
         """Names and values as ``torch.compile(options=...)`` takes them."""

@@ -84,6 +84,8 @@ class Rounds:
         self.sample_drafts = sample_drafts and self.sampling.do_sample
         cuda = self.device.type == "cuda"
         self.recorder = Recorder(self.device, cuda if compiled is None else compiled)
+        if self.recorder.tuning.joined_projections:
+            self.model = self.model.joined()
         self.exit_index = exit_index
         with torch.inference_mode():
             self.state = Rows(lm, [[0]] * rows, slots - 1, self.sampling, [0] * rows, self.ends, (exit_index,) if most else (), most)
@@ -222,6 +224,7 @@ class Rounds:
         if key not in self._graphs:
             with torch.inference_mode():
                 self.state.alive.zero_()
+                self.lm.decoder.captured = True
                 self._graphs[key] = self.recorder.graph(lambda: self._round(*key))
         return self._graphs[key]
 
