@@ -48,11 +48,11 @@ from lm_common import (
 )
 from torch import Tensor, nn
 
-from offramp.engines.agreement import agreement
-from offramp.engines.draft_lengths import LengthChoice
-from offramp.engines.generate import generate
-from offramp.engines.rounds import Rounds
-from offramp.engines.written import Generation
+from offramp.engines.text.agreement import agreement
+from offramp.engines.text.draft_lengths import LengthChoice
+from offramp.engines.text.generate import generate
+from offramp.engines.text.rounds import Rounds
+from offramp.engines.text.written import Generation
 from offramp.language import LanguageModel, attach_lm
 from offramp.measure.clock import environment
 from offramp.measure.hardware import ceilings

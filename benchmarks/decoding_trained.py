@@ -42,11 +42,11 @@ from lm_common import (
     tuning_argument,
 )
 
-from offramp.engines.agreement import Acceptance, agreement
-from offramp.engines.draft_lengths import LengthChoice
-from offramp.engines.planner import Prediction, SpeculationPlan, Times, choose, even_acceptance
-from offramp.engines.round_times import Candidate
-from offramp.engines.rounds import Rounds
+from offramp.engines.text.agreement import Acceptance, agreement
+from offramp.engines.text.draft_lengths import LengthChoice
+from offramp.engines.text.planner import Prediction, SpeculationPlan, Times, choose, even_acceptance
+from offramp.engines.text.round_times import Candidate
+from offramp.engines.text.rounds import Rounds
 from offramp.measure.clock import environment, median_interval
 
 PARTS = ("plan", "groups", "float32")

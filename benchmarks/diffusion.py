@@ -54,8 +54,8 @@ from torch import Tensor
 from train_diffusion import images_of
 
 from offramp.core.errors import OfframpError
-from offramp.engines.denoise import Denoiser
-from offramp.engines.region_denoise import RegionDenoiser
+from offramp.engines.diffusion.denoise import Denoiser
+from offramp.engines.diffusion.regions import RegionDenoiser
 from offramp.measure.clock import compare, environment
 from offramp.measure.image_quality import (
     FeatureStatistics,

@@ -25,7 +25,7 @@ from offramp import systems
 from offramp.budget import CachePlan, NoiseBins, best_cache_plan, best_schedule, threshold_for_cost
 from offramp.budget.knapsack import best_choice
 from offramp.core.errors import BudgetInfeasible, InvalidInput
-from offramp.engines.denoise_losses import Follower, depth_losses
+from offramp.engines.diffusion.losses import Follower, depth_losses
 from offramp.measure.image_quality import relative_l2
 from offramp.policies.denoising import Every, Guard, Point, ResidualChange, depth_schedule
 from offramp.policies.fills import CachedOutput, CachedResidual, Extrapolated, Fill

@@ -19,9 +19,9 @@ from offramp import systems
 from offramp.budget import threshold_for_cost
 from offramp.core.errors import BudgetInfeasible, UnsupportedModel
 from offramp.diffusion import attach_denoiser
-from offramp.engines.denoise import Denoiser
-from offramp.engines.diffusion_model import layout_of
-from offramp.engines.region_denoise import RegionDenoiser
+from offramp.engines.diffusion.denoise import Denoiser
+from offramp.engines.diffusion.model import layout_of
+from offramp.engines.diffusion.regions import RegionDenoiser
 from offramp.measure.clock import compare
 from offramp.policies.denoising import Point
 from offramp.reduce.regions import Regions

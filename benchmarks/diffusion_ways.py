@@ -24,15 +24,15 @@ from offramp.core.errors import InvalidInput
 from offramp.core.parts import part_from_dict, part_to_dict
 from offramp.diffusion import DenoisingNet
 from offramp.engines.capture import Recorder
-from offramp.engines.denoise import Denoiser
-from offramp.engines.denoise_graphs import Captured
-from offramp.engines.denoise_report import Report
-from offramp.engines.denoise_run import Runner
-from offramp.engines.denoise_straight import Work
-from offramp.engines.diffusion_model import layout_of
-from offramp.engines.pipeline import sample
-from offramp.engines.region_denoise import RegionDenoiser
-from offramp.engines.trajectory import Memory
+from offramp.engines.diffusion.denoise import Denoiser
+from offramp.engines.diffusion.graphs import Captured
+from offramp.engines.diffusion.model import layout_of
+from offramp.engines.diffusion.pipeline import sample
+from offramp.engines.diffusion.regions import RegionDenoiser
+from offramp.engines.diffusion.report import Report
+from offramp.engines.diffusion.run import Runner
+from offramp.engines.diffusion.straight import Work
+from offramp.engines.diffusion.trajectory import Memory
 from offramp.policies.denoising import DENOISING_PARTS, Chance, Point, Scheduled
 from offramp.policies.skips import Layout
 from offramp.reduce import regions as token_regions

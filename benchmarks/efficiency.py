@@ -29,8 +29,8 @@ from offramp.core.bundle import write_json
 from offramp.core.certificate import Plan
 from offramp.core.errors import OfframpWarning
 from offramp.engines.capture import Graph
-from offramp.engines.classify import Latency, Quota, Runner, Throughput, compile
-from offramp.engines.record import record
+from offramp.engines.classify.engine import Latency, Quota, Runner, Throughput, compile
+from offramp.engines.classify.record import record
 from offramp.exits import MeanPool, PooledLinear, TokenPool
 from offramp.measure.clock import compare, environment
 from offramp.measure.hardware import ceilings

@@ -38,9 +38,9 @@ from torch import Tensor, nn
 import offramp
 from offramp import systems
 from offramp.core.system import System
-from offramp.engines.decoding import Rows
-from offramp.engines.generate import exits, write
-from offramp.engines.sampling import Sampling
+from offramp.engines.text.generate import exits, write
+from offramp.engines.text.rows import Rows
+from offramp.engines.text.sampling import Sampling
 from offramp.language import LanguageModel, attach_lm
 from offramp.measure.clock import environment
 from offramp.policies.decoding import Accept, Copy, Plain, Scheduled, Verify, Way

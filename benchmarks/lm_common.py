@@ -26,9 +26,9 @@ from torch import nn
 
 from offramp.core.bundle import write_json
 from offramp.engines.capture import Tuning
-from offramp.engines.draft_lengths import LengthChoice
-from offramp.engines.round_times import Candidate
-from offramp.engines.rounds import Rounds
+from offramp.engines.text.draft_lengths import LengthChoice
+from offramp.engines.text.round_times import Candidate
+from offramp.engines.text.rounds import Rounds
 from offramp.language import LanguageModel, attach_lm, load_lm
 from offramp.measure import clock
 

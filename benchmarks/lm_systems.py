@@ -51,8 +51,8 @@ from offramp.budget.agreement import certify_table
 from offramp.budget.risk_control import Procedure
 from offramp.cli.text_runs import Written, agreeing, write
 from offramp.core.system import System
-from offramp.engines.generate import generate
-from offramp.engines.rounds import Rounds
+from offramp.engines.text.generate import generate
+from offramp.engines.text.rounds import Rounds
 from offramp.exits.lm import Shared
 from offramp.language import LanguageModel, attach_lm
 from offramp.measure.clock import environment

@@ -44,9 +44,9 @@ from offramp.core.modes import evaluating
 from offramp.core.noise import NoiseScale
 from offramp.core.parts import part_from_dict, part_to_dict
 from offramp.diffusion import DenoisingNet, attach_denoiser, uncut_denoiser
-from offramp.engines.denoise import Denoiser
-from offramp.engines.denoise_losses import depth_losses
-from offramp.engines.pipeline import sample
+from offramp.engines.diffusion.denoise import Denoiser
+from offramp.engines.diffusion.losses import depth_losses
+from offramp.engines.diffusion.pipeline import sample
 from offramp.exits import DENOISING_PARTS, DenoisingExit
 from offramp.measure.clock import environment
 from offramp.measure.image_quality import FeatureStatistics, fid

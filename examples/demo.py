@@ -27,7 +27,7 @@ from offramp.budget import Risk, evaluate
 from offramp.cli.nets import TransformerBlock
 from offramp.core.bundle import write_json
 from offramp.core.errors import BudgetInfeasible
-from offramp.engines.classify import Runner
+from offramp.engines.classify.engine import Runner
 from offramp.measure import compare, environment
 from offramp.measure.clock import median_interval
 from offramp.train import Joint

@@ -31,11 +31,11 @@ from offramp.budget import Latency, MeanCost, PeakCost, Risk
 from offramp.core.certificate import Plan
 from offramp.core.errors import OfframpError
 from offramp.core.trace import Trace
-from offramp.engines.classify import Latency as LatencyMode
-from offramp.engines.classify import Quota as QuotaMode
-from offramp.engines.classify import Throughput as ThroughputMode
-from offramp.engines.draft_export import export_draft
+from offramp.engines.classify.engine import Latency as LatencyMode
+from offramp.engines.classify.engine import Quota as QuotaMode
+from offramp.engines.classify.engine import Throughput as ThroughputMode
 from offramp.engines.export import export_onnx
+from offramp.engines.text.draft_export import export_draft
 from offramp.language import LanguageModel
 from offramp.network import MultiExit
 from offramp.policies import Confidence, Entropy, Patience

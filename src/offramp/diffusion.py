@@ -1,8 +1,9 @@
 """A denoiser with decision points: the user's model, its cut, its noise scale and the learned heads of its exits.
 
-``attach_denoiser`` makes a `DenoisingNet`; ``engines.denoise.Denoiser`` runs a plan (a tuple of `offramp.policies.denoising.Point`) on it.
-The model is not changed. Calls are brought to one form, keyword inputs with the timestep as ``[B]``, so that one cut serves a pipeline's
-positional and keyword, scalar and per-row ways of calling; another shape or dtype makes another cut, on first use.
+``attach_denoiser`` makes a `DenoisingNet`; ``engines.diffusion.denoise.Denoiser`` runs a plan (a tuple of
+`offramp.policies.denoising.Point`) on it. The model is not changed. Calls are brought to one form, keyword inputs with the timestep as
+``[B]``, so that one cut serves a pipeline's positional and keyword, scalar and per-row ways of calling; another shape or dtype makes
+another cut, on first use.
 """
 
 from __future__ import annotations

@@ -23,15 +23,15 @@ from offramp.core.errors import ArtifactError, InvalidInput
 from offramp.core.protocols import HeadSpec, Rule
 from offramp.core.system import System
 from offramp.core.trace import Trace
-from offramp.engines import classify
-from offramp.engines.classify import Runner
-from offramp.engines.denoise_calibrate import DenoisingPlan, calibrate_denoiser
-from offramp.engines.denoise_graphs import Captured
-from offramp.engines.diffusion_model import STEM, DiffusionModel, attach_diffusion, changed, check_model, is_pipeline, saved
-from offramp.engines.modes import Mode
-from offramp.engines.planner import SpeculationPlan
-from offramp.engines.record import record as record_trace
-from offramp.engines.text_generator import TextGenerator, text_generator
+from offramp.engines.classify import engine as classify
+from offramp.engines.classify.engine import Runner
+from offramp.engines.classify.modes import Mode
+from offramp.engines.classify.record import record as record_trace
+from offramp.engines.diffusion.calibrate import DenoisingPlan, calibrate_denoiser
+from offramp.engines.diffusion.graphs import Captured
+from offramp.engines.diffusion.model import STEM, DiffusionModel, attach_diffusion, changed, check_model, is_pipeline, saved
+from offramp.engines.text.generator import TextGenerator, text_generator
+from offramp.engines.text.planner import SpeculationPlan
 from offramp.exits.cached import Adapter, Block
 from offramp.exits.denoising import DenoisingExit
 from offramp.exits.lm import LMHeadSpec, OwnNorm, OwnOutput, Shared, Trimmed, frequent
@@ -94,7 +94,7 @@ def _language_head(head: Any, texts: Any, kept: Sequence[int] | int | None, toke
             'head="trimmed" keeps the frequent tokens: give kept=[token ids], or texts=... (ids, or strings and a tokenizer) to count '
             "them in and kept=how many."
         )
-    from offramp.engines.arguments import token_ids
+    from offramp.engines.text.arguments import token_ids
 
     count = kept if kept is not None else max(1, vocabulary // 8)
     if not 1 <= count <= vocabulary:
@@ -164,7 +164,7 @@ def _blocks(data: Any, tokenizer: Any, block: int) -> Tensor | None:
 def _record_language(net: LanguageModel, loader: Any = None, **options: Any) -> Any:
     raise InvalidInput(
         "A trace is of items with one answer each. How often the exits of a language model say what the model says, token by token, is "
-        "found by offramp.engines.agreement.agreement(lm, texts); compile(lm, texts=...) plans with it."
+        "found by offramp.engines.text.agreement.agreement(lm, texts); compile(lm, texts=...) plans with it."
     )
 
 
@@ -379,7 +379,7 @@ def attach(model: Any, at: Any = None, **options: Any) -> Any:
             ``head``, a part of `offramp.exits` or one of the words ``"shared"``, ``"norm"``, ``"output"``, ``"adapter"``, ``"block"``,
             ``"trimmed"``, one for all or one each; ``kept``, ``texts`` and ``tokenizer`` for ``"trimmed"``: ids to keep, or texts to count
             in and how many to keep; ``system``, a published method. For a pipeline or a denoiser: ``system`` (needed), and see
-            `offramp.engines.diffusion_model.attach_diffusion` for ``scheduler``, ``noise``, ``example``, ``heads`` and ``timestep``.
+            `offramp.engines.diffusion.model.attach_diffusion` for ``scheduler``, ``noise``, ``example``, ``heads`` and ``timestep``.
 
     Returns:
         The network with exits, on the model's device.
@@ -434,7 +434,8 @@ def fit(net: Any, data: Any, recipe: Recipe | None = None, **options: Any) -> Fi
 
 
 def record(net: MultiExit, loader: Iterable[Any], **options: Any) -> Trace:
-    """Run every exit on every item, once; what chooses or compares reads the trace. See `offramp.engines.record.record` for all options.
+    """Run every exit on every item, once; what chooses or compares reads the trace. Options: see
+    `offramp.engines.classify.record.record`.
 
     Args:
         net: from `attach` or `load`.
@@ -462,7 +463,7 @@ def calibrate(trace: Any, *arguments: Any, **options: Any) -> Any:
         trace: what `record` gave; or a `DiffusionModel`.
         arguments: the rule and the target; for a diffusion method the target, `MeanCost` or `offramp.budget.DriftLimit`. They may be named.
         options: of a trace ``method`` and ``level``, see `offramp.budget.calibrate`; of a diffusion method ``calls`` of the pipeline or
-            ``noise``, ``steps``, ``data``, ..., see `offramp.engines.denoise_calibrate.calibrate_denoiser`.
+            ``noise``, ``steps``, ``data``, ..., see `offramp.engines.diffusion.calibrate.calibrate_denoiser`.
 
     Returns:
         A `Plan` or a `DenoisingPlan`, with requested and realised values; `compile` makes what runs it.
@@ -505,7 +506,7 @@ def compile(net: Any, plan: Any = None, *rest: Any, **options: Any) -> Any:  # n
             published method, or ``None``: drafts that are verified, planned here from ``texts=``. For a diffusion model ``None`` runs
             the published settings.
         rest: the mode, of a network cut into segments: `LatencyMode` (default), `ThroughputMode` or `QuotaMode`.
-        options: see `offramp.engines.classify.compile`, and `offramp.engines.text_generator.text_generator` for language models
+        options: see `offramp.engines.classify.engine.compile`, and `offramp.engines.text.generator.text_generator` for language models
             (``texts``, ``tokenizer``, ``rows``, ``sampling``, ``margin``, ``captured``, ...). For a diffusion model ``captured`` (CUDA
             graphs; by default on CUDA) and ``compiled``.
 

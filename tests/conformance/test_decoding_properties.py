@@ -14,7 +14,7 @@ import torch
 from offramp import systems
 from offramp.core.errors import FingerprintMismatch, InvalidInput
 from offramp.core.system import System
-from offramp.engines.generate import generate
+from offramp.engines.text.generate import generate
 from offramp.language import LanguageModel, attach_lm, load_lm
 from offramp.network import attach
 from offramp.policies.decoding import Accept, Adapting, Copy, Decaying, Plain, Scheduled, Verify, Way

@@ -18,9 +18,9 @@ import offramp
 from offramp import systems
 from offramp.core.errors import FingerprintMismatch, InvalidInput, UnsupportedModel
 from offramp.core.parts import part_from_dict, part_to_dict
-from offramp.engines.denoise import Denoiser
-from offramp.engines.diffusion_model import PARTS, DiffusionModel, changed, saved
-from offramp.engines.pipeline import sample
+from offramp.engines.diffusion.denoise import Denoiser
+from offramp.engines.diffusion.model import PARTS, DiffusionModel, changed, saved
+from offramp.engines.diffusion.pipeline import sample
 from offramp.policies.skips import DepthSchedule
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -17,8 +17,8 @@ from offramp.budget import MeanCost, calibrate, evaluate, leave_at
 from offramp.core.certificate import Plan
 from offramp.core.errors import FingerprintMismatch, NoEffectWarning, OfframpWarning
 from offramp.core.trace import Trace
-from offramp.engines.classify import Answers, Latency, Quota, Throughput, compile, quota_sizes
-from offramp.engines.record import record
+from offramp.engines.classify.engine import Answers, Latency, Quota, Throughput, compile, quota_sizes
+from offramp.engines.classify.record import record
 from offramp.network import MultiExit, attach, load, load_plan, never
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -14,7 +14,7 @@ import torch
 from offramp import systems
 from offramp.backbones.masked_lm import masked_lm
 from offramp.core.parts import part_from_dict, part_to_dict
-from offramp.engines.unmask import Unmasked, unmask
+from offramp.engines.diffusion.unmask import Unmasked, unmask
 from offramp.policies.refresh import Blocks, Elastic, EveryN, Full, PerBlock, Sliding, Unmask
 
 sys.path.insert(0, str(Path(__file__).parent))

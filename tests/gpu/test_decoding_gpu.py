@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from offramp.backbones.attention import decoding_attention, kernel_available, masked_attention
-from offramp.engines.generate import generate
-from offramp.engines.rounds import Rounds
-from offramp.engines.sampling import Sampling
+from offramp.engines.text.generate import generate
+from offramp.engines.text.rounds import Rounds
+from offramp.engines.text.sampling import Sampling
 from offramp.language import attach_lm
 from offramp.policies.decoding import Plain, Verify
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from offramp.core.noise import FlowMatching
 from offramp.diffusion import DenoisingNet, attach_denoiser
-from offramp.engines.denoise import Denoiser
-from offramp.engines.denoise_graphs import Captured
+from offramp.engines.diffusion.denoise import Denoiser
+from offramp.engines.diffusion.graphs import Captured
 from offramp.policies.denoising import Every, Guard, NoiseSchedule, Point, ResidualChange, StateChange, depth_schedule
 from offramp.policies.fills import CachedOutput, CachedResidual, Extrapolated
 

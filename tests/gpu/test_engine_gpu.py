@@ -14,9 +14,9 @@ import torch
 from offramp.budget import leave_at
 from offramp.cli.nets import ConvNet, TextTransformer
 from offramp.core.errors import NoEffectWarning
-from offramp.engines.classify import Latency, Quota, Throughput, compile, quota_sizes
-from offramp.engines.graphs import in_order, ranks
-from offramp.engines.record import record
+from offramp.engines.classify.engine import Latency, Quota, Throughput, compile, quota_sizes
+from offramp.engines.classify.graphs import in_order, ranks
+from offramp.engines.classify.record import record
 from offramp.network import attach, load_plan, never
 from offramp.policies import Confidence, LearnedGate, Patience
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from language_models import build, prompts, word_tokenizer
-from offramp.engines.arguments import StopStrings
-from offramp.engines.draft_lengths import LengthChoice
-from offramp.engines.generate import generate
-from offramp.engines.rounds import Rounds
-from offramp.engines.sampling import Sampling
-from offramp.engines.text_generator import TextGenerator, text_generator
+from offramp.engines.text.arguments import StopStrings
+from offramp.engines.text.draft_lengths import LengthChoice
+from offramp.engines.text.generate import generate
+from offramp.engines.text.generator import TextGenerator, text_generator
+from offramp.engines.text.rounds import Rounds
+from offramp.engines.text.sampling import Sampling
 from offramp.exits.cached import Adapter
 from offramp.language import LanguageModel, attach_lm
 from offramp.policies.decoding import Plain, Verify

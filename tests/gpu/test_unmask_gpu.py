@@ -8,7 +8,7 @@ import torch
 from language_models import prompts
 from masked_models import MASK, looking_both_ways
 from offramp.backbones.masked_lm import masked_lm
-from offramp.engines.unmask import unmask
+from offramp.engines.diffusion.unmask import unmask
 from offramp.policies.refresh import Blocks, Elastic, EveryN, Full, PerBlock, Sliding, Unmask
 from offramp.train.masked_text import fit_masked
 

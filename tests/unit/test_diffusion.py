@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from offramp.core.errors import InvalidInput, NotCuttable
 from offramp.core.noise import FlowMatching
 from offramp.diffusion import DenoisingNet, attach_denoiser
-from offramp.engines.denoise import Denoiser
+from offramp.engines.diffusion.denoise import Denoiser
 from offramp.policies.denoising import Every, Point, ResidualChange, StateChange, Uncertainty
 from offramp.policies.fills import CachedOutput, CachedResidual, HeadOutput, Identity
 

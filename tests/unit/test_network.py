@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from offramp.backbones import repeated_blocks
 from offramp.core.certificate import Plan
 from offramp.core.errors import ArtifactError, FingerprintMismatch, InvalidInput, NoEffectWarning, NotCuttable
-from offramp.engines.classify import Latency, Quota, Throughput, compile
+from offramp.engines.classify.engine import Latency, Quota, Throughput, compile
 from offramp.exits import MLP, AttentionHead, Cascade, ConvPoolLinear, Evenly, EveryBlock, PooledLinear, TokenPool
 from offramp.network import answer, as_example, attach, load, load_plan, never
 from offramp.policies import Confidence, HaltingCDF

@@ -15,10 +15,10 @@ from language_models import VOCABULARY, build, own_greedy, prompts, word_tokeniz
 from offramp import verbs
 from offramp.core.errors import ArtifactError, InvalidInput, UnsupportedModel
 from offramp.core.system import System
-from offramp.engines.classify import Runner
-from offramp.engines.generate import generate
-from offramp.engines.planner import plan_speculation
-from offramp.engines.text_generator import TextGenerator
+from offramp.engines.classify.engine import Runner
+from offramp.engines.text.generate import generate
+from offramp.engines.text.generator import TextGenerator
+from offramp.engines.text.planner import plan_speculation
 from offramp.exits.cached import Adapter, Block
 from offramp.exits.lm import OwnNorm, OwnOutput, Shared, Trimmed
 from offramp.language import LanguageModel

@@ -23,7 +23,7 @@ from offramp.core.errors import InvalidInput, OfframpWarning
 from offramp.core.protocols import Rule
 from offramp.core.system import System
 from offramp.core.trace import LatencyTable, Trace
-from offramp.engines.record import record as record_trace
+from offramp.engines.classify.record import record as record_trace
 from offramp.network import MultiExit, load
 from offramp.policies.threshold import Confidence
 

@@ -10,7 +10,7 @@ import typer
 from offramp.cli.base import OTHER, app, table
 from offramp.cli.generate import HowFlags, exits_of, open_language_model
 from offramp.cli.options import command, console
-from offramp.engines.draft_export import export_draft
+from offramp.engines.text.draft_export import export_draft
 
 
 @command(app, "export-draft", OTHER)

@@ -17,8 +17,8 @@ from offramp.cli.options import RunFlags, command, console
 from offramp.cli.records import optional
 from offramp.core.bundle import write_json
 from offramp.core.errors import InvalidInput
-from offramp.engines.generate import generate
-from offramp.engines.written import Generation
+from offramp.engines.text.generate import generate
+from offramp.engines.text.written import Generation
 from offramp.language import LanguageModel, attach_lm, load_lm
 from offramp.measure.text_report import pieces, text_report
 from offramp.policies.decoding import Accept, CatchUp, Copy, Fill, Plain, Recompute, Verify, Way

@@ -33,7 +33,7 @@ from offramp.core.flops import count_flops
 from offramp.core.protocols import Rule
 from offramp.core.system import Predicate, System
 from offramp.core.trace import Trace
-from offramp.engines.record import record
+from offramp.engines.classify.record import record
 from offramp.measure.clock import environment
 from offramp.measure.pareto import Curve, Point, curve, fixed_exit_curve, interpolate, plan_point, random_exit, upper_hull
 from offramp.measure.quality import exit_accuracy, outcome

@@ -32,9 +32,9 @@ from offramp.core.errors import BudgetInfeasible, InvalidInput, NoEffectWarning
 from offramp.core.noise import FlowMatching
 from offramp.core.system import System
 from offramp.diffusion import DenoisingNet
-from offramp.engines.denoise import Denoiser
-from offramp.engines.diffusion_model import DiffusionModel, attach_diffusion
-from offramp.engines.pipeline import sample
+from offramp.engines.diffusion.denoise import Denoiser
+from offramp.engines.diffusion.model import DiffusionModel, attach_diffusion
+from offramp.engines.diffusion.pipeline import sample
 from offramp.measure.clock import environment
 from offramp.measure.image_quality import FeatureStatistics, explained_by_step, fid, relative_l2
 from offramp.measure.pareto import Point, curve, interpolate, upper_hull

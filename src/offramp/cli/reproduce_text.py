@@ -29,7 +29,7 @@ from offramp.cli.text_runs import Meter, Written, agreeing, by_position, perplex
 from offramp.cli.text_training import Bases, Corpus, Say, TextSettings, bare, load_corpus, load_settings, train, variants, windows
 from offramp.core.errors import InvalidInput
 from offramp.core.system import Predicate, System
-from offramp.engines.generate import generate
+from offramp.engines.text.generate import generate
 from offramp.language import LanguageModel, attach_lm
 from offramp.measure.clock import compare, environment
 from offramp.measure.pareto import Point, curve, interpolate, upper_hull

@@ -26,7 +26,7 @@ from offramp.cli.reproduce import across_seeds, measured, verdict
 from offramp.cli.reproduce_text import summary_rows
 from offramp.core.errors import InvalidInput
 from offramp.core.modes import evaluating
-from offramp.engines.unmask import Unmasked, unmask
+from offramp.engines.diffusion.unmask import Unmasked, unmask
 from offramp.measure.clock import compare, environment
 from offramp.measure.pareto import Point, curve, interpolate, upper_hull
 from offramp.policies.refresh import Blocks, EveryN, Full, PerBlock, Unmask

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from offramp.core.modes import evaluating
-from offramp.engines.generate import generate
+from offramp.engines.text.generate import generate
 from offramp.exits.lm import OwnOutput
 from offramp.language import LanguageModel
 from offramp.policies.decoding import Accept, Plain, Way

@@ -18,7 +18,7 @@ from offramp.core.bundle import read_json, write_json
 from offramp.core.certificate import Plan
 from offramp.core.errors import InvalidInput, NoEffectWarning, NoSavingWarning
 from offramp.core.trace import Trace
-from offramp.engines import classify
+from offramp.engines.classify import engine as classify
 from offramp.measure.clock import compare, environment
 from offramp.measure.pareto import Curve, anytime_curve, interpolate, random_exit, upper_hull
 from offramp.measure.quality import outcome

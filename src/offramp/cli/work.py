@@ -32,7 +32,7 @@ from offramp.core.errors import InvalidInput
 from offramp.core.protocols import Rule
 from offramp.core.system import System
 from offramp.core.trace import LatencyTable, Trace
-from offramp.engines import classify
+from offramp.engines.classify import engine as classify
 from offramp.network import MultiExit, attach, never
 from offramp.policies.threshold import Confidence
 from offramp.train.recipe import Joint

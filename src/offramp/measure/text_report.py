@@ -30,7 +30,7 @@ _CONTEXT = 8
 
 
 class Written(Protocol):
-    """What a decoding run gives back: `offramp.engines.written.Generation`."""
+    """What a decoding run gives back: `offramp.engines.text.written.Generation`."""
 
     tokens: list[list[int]]
     depth: list[list[int]]

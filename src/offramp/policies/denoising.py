@@ -3,7 +3,7 @@
 A signal gives a score per row, higher = readier to skip, and a point fires at ``score >= threshold``. *Scheduled* signals are known on the
 host before the step and cost no synchronisation; *measured* ones read tensors on the device. Every score depends on its own row alone.
 
-A plan is a tuple of `Point`. ``engines.denoise.Denoiser`` carries it out.
+A plan is a tuple of `Point`. ``engines.diffusion.denoise.Denoiser`` carries it out.
 """
 
 from __future__ import annotations

@@ -11,7 +11,8 @@ the same numbers. A rule that remembered how confident a discarded draft was, or
 what is about to be drafted, and the text would no longer follow the law. Hence the contract of `DraftStop.learn`: the state afterwards is a
 function of drafts up to and with the first rejected one and of whether one was rejected. Then, by induction over positions, text and state
 up to a position depend only on numbers of earlier positions, and on the rule's own, which come from another stream: given those, the
-numbers of the position are untouched, and acceptance is exact there (`offramp.engines.sampling.accept`). Every rule here is tested for it.
+numbers of the position are untouched, and acceptance is exact there (`offramp.engines.text.sampling.accept`). Every rule here is tested
+for it.
 
 Shapes: ``B`` rows, ``K`` most drafts of a round, ``N`` bins.
 """

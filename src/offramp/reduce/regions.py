@@ -3,7 +3,7 @@
 `Regions` is the rule, as data: at which steps everything is computed, how many tokens are computed at the others, and which. Every row
 takes the tokens that are best for itself and all take equally many, so that a step has one shape and a row does not depend on its batch
 mates.
-`offramp.engines.region_denoise` carries it out.
+`offramp.engines.diffusion.regions` carries it out.
 
 Shapes: ``B`` rows, ``C`` channels, ``H x W`` pixels in ``h x w`` tokens, ``N = h w`` of them, ``k`` that are computed.
 """

@@ -4,9 +4,9 @@ An item is an image; its answer at an exit is a prediction ``[C, H, W]`` and its
 `offramp.train.recipe` holds for denoisers as it is: ``Joint(Mean())`` trains every exit through the model's own final layers, so that a
 schedule of any shape may be used afterwards. What noise levels decide is in `offramp.train.denoising_recipes`.
 
-Unlike other networks, denoisers are trained through their cut: an exit's answer is what `offramp.engines.denoise` gives there, the final
-layers of the model on an earlier state, and those are no module that could be called. The cut shares the model's parameters. It is exported
-in evaluation mode, so dropout inside the model does not take part; a view without exits runs the model itself.
+Unlike other networks, denoisers are trained through their cut: an exit's answer is what `offramp.engines.diffusion.denoise` gives there,
+the final layers of the model on an earlier state, and those are no module that could be called. The cut shares the model's parameters. It
+is exported in evaluation mode, so dropout inside the model does not take part; a view without exits runs the model itself.
 
 Shapes: ``B`` rows, ``K`` exits, the model's own answer among them and last.
 """
@@ -129,8 +129,8 @@ class DenoisingView(MultiExit):
 class ExitsView(DenoisingView):
     """Every exit of a denoiser in one pass: its own output layer where a head has one, else the model's final layers.
 
-    What `fit` makes of a `DenoisingNet`. Answers are those that ``engines.denoise.Denoiser`` gives for `HeadOutput` and for `Identity`.
-    "States" are the noise level ``[B]`` and, for every exit, the uncertainty ``[B]`` that its head tells, or an empty tensor.
+    What `fit` makes of a `DenoisingNet`. Answers are those that ``engines.diffusion.denoise.Denoiser`` gives for `HeadOutput` and for
+    `Identity`. "States" are the noise level ``[B]`` and, for every exit, the uncertainty ``[B]`` that its head tells, or an empty tensor.
 
     Args:
         net: the denoiser.

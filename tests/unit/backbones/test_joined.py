@@ -14,8 +14,8 @@ from language_models import FAMILIES, build, prompts
 from offramp.backbones import joined
 from offramp.backbones.decoder import Decoder, decoder
 from offramp.engines.capture import Tuning
-from offramp.engines.generate import generate
-from offramp.engines.rounds import Rounds
+from offramp.engines.text.generate import generate
+from offramp.engines.text.rounds import Rounds
 from offramp.language import attach_lm
 from offramp.policies.decoding import Plain
 

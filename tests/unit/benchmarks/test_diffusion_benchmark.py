@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from offramp.core.errors import BudgetInfeasible, InvalidInput
-from offramp.engines.denoise_run import Eager
+from offramp.engines.diffusion.run import Eager
 from offramp.measure.image_report import ImageResult
 from offramp.policies.denoising import Every, Point, StateChange
 from offramp.policies.fills import CachedResidual

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from offramp import systems
-from offramp.engines.generate import generate
+from offramp.engines.text.generate import generate
 from offramp.language import attach_lm
 from offramp.policies.decoding import Plain
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from language_models import build
 from offramp.cli.text_runs import Written
-from offramp.engines.rounds import Rounds
+from offramp.engines.text.rounds import Rounds
 from offramp.exits.cached import Adapter
 from offramp.exits.lm import Shared
 from offramp.language import LanguageModel, attach_lm

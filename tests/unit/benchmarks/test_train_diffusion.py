@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from offramp.engines.denoise import Denoiser
+from offramp.engines.diffusion.denoise import Denoiser
 from offramp.policies.denoising import OUTPUT, Point, Uncertainty
 from offramp.policies.fills import HeadOutput
 

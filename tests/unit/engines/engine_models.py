@@ -14,8 +14,8 @@ from offramp.budget import leave_at
 from offramp.core.certificate import Plan
 from offramp.core.protocols import Rule
 from offramp.core.trace import Trace
-from offramp.engines.classify import Answers, Mode, Runner, compile
-from offramp.engines.record import record
+from offramp.engines.classify.engine import Answers, Mode, Runner, compile
+from offramp.engines.classify.record import record
 from offramp.network import MultiExit, attach
 
 EXITS, CLASSES, WIDTH = 4, 5, 8

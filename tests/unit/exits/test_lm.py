@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from language_models import shared
 from offramp.core.errors import InvalidInput
-from offramp.engines.generate import generate
+from offramp.engines.text.generate import generate
 from offramp.exits.lm import OwnNorm, Trimmed, frequent
 from offramp.language import attach_lm
 from offramp.policies.decoding import Verify

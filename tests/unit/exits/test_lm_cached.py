@@ -23,7 +23,7 @@ from transformers import (
 
 from offramp.backbones.kv import KVCache
 from offramp.core.errors import InvalidInput
-from offramp.engines.generate import generate
+from offramp.engines.text.generate import generate
 from offramp.exits.cached import Adapter, Block
 from offramp.language import LanguageModel, attach_lm
 from offramp.policies.decoding import Accept, Plain, Verify

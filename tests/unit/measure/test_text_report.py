@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from offramp.core.errors import InvalidInput
-from offramp.engines.written import Generation
+from offramp.engines.text.written import Generation
 from offramp.measure.text_report import pieces, text_report
 
 pytest.importorskip("matplotlib")

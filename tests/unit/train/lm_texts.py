@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from offramp.engines.generate import generate
+from offramp.engines.text.generate import generate
 from offramp.language import attach_lm
 from offramp.policies.decoding import Plain, Verify
 from offramp.train import FinalOnly, Joint, fit, packed, text_loader

@@ -16,7 +16,7 @@ from offramp.core.errors import InvalidInput
 from offramp.core.noise import FlowMatching
 from offramp.core.parts import part_from_dict, part_to_dict
 from offramp.diffusion import DenoisingNet, attach_denoiser
-from offramp.engines.denoise import Denoiser
+from offramp.engines.diffusion.denoise import Denoiser
 from offramp.exits import DenoisingExit
 from offramp.network import attach
 from offramp.policies.denoising import OUTPUT, Every, NoiseLevel, NoiseSchedule, Point, StateChange, depth_schedule

@@ -10,7 +10,7 @@ import torch
 from masked_models import MASK, looking_both_ways
 from offramp.backbones.masked_lm import masked_lm
 from offramp.core.errors import InvalidInput
-from offramp.engines.unmask import unmask
+from offramp.engines.diffusion.unmask import unmask
 from offramp.policies.refresh import Sliding, Unmask
 from offramp.train.masked_text import LEAST_SHARE, fit_masked, hide, masked_diffusion_loss
 

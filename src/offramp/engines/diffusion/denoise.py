@@ -1,0 +1,196 @@
+"""denoise: run a denoiser so that each row of each step computes only what its decision points ask for.
+
+A plan is a tuple of `Point`. One call walks over the boundaries of the cut (`offramp.engines.diffusion.step`): rows that land at a boundary
+join, the points there send some away, and the segment runs for the rows that are present. What rows carry is taken and joined by the batch
+dimension of every live tensor, so a row's result does not depend on its batch mates. Points known beforehand cost no synchronisation;
+measured ones cost one host read each.
+
+Shapes: ``B`` rows of a call, ``T`` steps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from offramp.diffusion import BoundPoint, Call, DenoisingNet
+from offramp.engines.diffusion.report import Report, StepRecord
+from offramp.engines.diffusion.run import Eager, Runner
+from offramp.engines.diffusion.step import Walk
+from offramp.engines.diffusion.straight import Work, is_straight, note, straight_path
+from offramp.engines.diffusion.trajectory import Branch, Trajectory
+from offramp.policies.denoising import Moment, Point
+
+
+class Denoiser(nn.Module):
+    """A denoiser that carries out a plan. Called as the user's model is called, returns what it returns.
+
+    Attributes the model has (``config``, ``dtype``, ...) are the model's, so that a pipeline takes it for the model. Runs without gradients
+    and in evaluation mode. Everything remembered is in ``trajectory``; `reset` forgets it and starts another report.
+
+    Args:
+        net: from `attach_denoiser`.
+        points: the plan; without points it is the plain model.
+        observe: note every measured score in the report, for calibration.
+        run: runs the segments; by default as they were exported, eagerly. `offramp.engines.diffusion.graphs.Captured` compiles
+            and captures.
+
+    Attributes:
+        straight: steps that are known beforehand and the same for every row are run as one function; the results are the same without.
+
+    Raises:
+        InvalidInput: a point has no such place or its fill does not fit.
+    """
+
+    def __init__(self, net: DenoisingNet, points: Sequence[Point] = (), *, observe: bool = False, run: Runner | None = None) -> None:
+        super().__init__()
+        self.net = net
+        self.points = tuple(points)
+        self.observe = observe
+        self.straight = True
+        self.run: Runner = run if run is not None else Eager()
+        self.trajectory = Trajectory()
+        self._bound: dict[Any, tuple[BoundPoint, ...]] = {}
+        self._schedule: Any = None
+        self._host: tuple[Tensor, list[float]] | None = None
+        self._levels: dict[float, float] = {}
+        self._records: deque[StepRecord] = deque(maxlen=4096)
+        self._peak = 0
+        net.bind(self.points)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            net: Any = super().__getattr__("net")
+            return getattr(net.model, name)
+
+    def reset(self, timesteps: Tensor | Callable[[], Tensor] | None = None) -> None:
+        """Begin a trajectory: forget everything and begin another report.
+
+        Args:
+            timesteps: what the sampler will step through, ``[T]`` or per row ``[B, T]``, or a function that gives it at the first step;
+                without it the last step is not known and not guarded.
+        """
+        self.release()
+        self._records.clear()
+        self._peak = 0
+        self._schedule, self._host = timesteps, None
+        self._levels.clear()
+
+    def release(self) -> None:
+        """Forget what is remembered and keep the report."""
+        self.trajectory.reset()
+
+    @property
+    def report(self) -> Report:
+        """What ran since the last `reset`."""
+        return Report.of(self._records, self.net.cut().spec.flops, len(self.net.at) + 1, self._peak)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return self._forward(*args, **kwargs)
+        except BaseException:
+            self.trajectory.reset()  # half a step is no step: whoever tries again begins anew
+            raise
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        with torch.inference_mode(False), torch.no_grad():  # what is remembered may be written to in another mode than it was made in
+            net = self.net
+            call = net.call(*args, **kwargs)
+            made = net.cut(call)
+            if call.key not in self._bound:
+                self._bound[call.key] = net.bind(self.points, call)
+            points = self._bound[call.key]
+            sample: Tensor = call.kwargs[net.sample_name]
+            times, final = self._times(call)
+            log_snr = self._log_snr(times)
+            branch, why = self.trajectory.enter(times, log_snr, call.key, [p.point.fill.keeps for p in points])
+            moment = Moment(log_snr, branch.step, self.trajectory.branch, self._keys(branch, sample))
+            if self.trajectory.step == 0 and self.trajectory.branch == 0:
+                self._records.clear()
+            record = StepRecord(self.trajectory.branch, self.trajectory.step, log_snr, made.spec.flops)
+            state = made.begin(**call.kwargs)
+            last = len(made.segments)
+            if self.straight and is_straight(points, branch, moment, final):
+                path = straight_path(points, last, branch, moment, final[0], why)
+                work = Work(made, points, path, call.rows)
+                values = self.run.step(work, state, branch.memories, log_snr[0], (self, self.trajectory.branch))
+                state = replace(state, values=values, at=last)
+                note(record, work)
+                for index, memory in enumerate(branch.memories):
+                    memory.skipped([] if index in path.stored else range(call.rows))
+            else:
+                state = Walk(made, points, branch, moment, sample, final, why, self.run, record, self.observe).all(state)
+            output = made.end(state)
+            self._records.append(record)
+            self._peak = max(self._peak, self.trajectory.cache_bytes)
+        if call.return_dict:
+            return output
+        if isinstance(output, Mapping):
+            return tuple(v for v in output.values() if v is not None)
+        return output if isinstance(output, tuple) else (output,)
+
+    def _log_snr(self, times: list[float]) -> list[float]:
+        """Noise level of every row; each timestep is asked for once in a trajectory, so that equal ones have equal levels."""
+        if missing := [t for t in dict.fromkeys(times) if t not in self._levels]:
+            if len(self._levels) > 4096:
+                self._levels.clear()
+                missing = list(dict.fromkeys(times))
+            if self._host is not None and self._host[0].ndim == 1:  # all that are to come at once
+                missing = list(dict.fromkeys([*missing, *self._host[1]]))
+            self._levels |= zip(missing, self.net.noise.log_snr(torch.tensor(missing, dtype=torch.float64)).tolist(), strict=True)
+        return [self._levels[t] for t in times]
+
+    def _times(self, call: Call) -> tuple[list[float], list[bool]]:
+        """Every row's timestep on the host, read from the sampler's list where it is an entry of it, and whether it is the row's last."""
+        if self._host is None and self._schedule is not None:
+            listed = self._schedule() if callable(self._schedule) else self._schedule
+            self._host = (listed, listed.double().cpu().tolist())
+        given = call.timestep
+        if not isinstance(given, Tensor):
+            times = [float(given)] * call.rows
+        elif given.device.type != "cpu" and self._host is not None and (found := _listed(given, *self._host)) is not None:
+            times = [found] * call.rows
+        else:
+            times = [float(t) for t in given.reshape(-1).tolist()]
+            times = times * call.rows if len(times) == 1 else times
+        if self._host is None:
+            return times, [False] * call.rows
+        ends = self._host[1]
+        each: list[Any] = [e[-1] for e in ends] if ends and isinstance(ends[0], list) else [ends[-1]] * call.rows  # type: ignore[index]
+        each = each if len(each) == call.rows else each * (call.rows // len(each))
+        last = {pair: math.isclose(*pair, rel_tol=1e-6, abs_tol=1e-9) for pair in set(zip(times, each, strict=True))}
+        return times, [last[pair] for pair in zip(times, each, strict=True)]
+
+    def _keys(self, branch: Branch, sample: Tensor) -> list[int]:
+        """A number of every row from its first input, if a signal asks for it."""
+        if not any(getattr(p.signal, "needs_keys", False) for p in self.points):
+            return []
+        anew = [r for r, s in enumerate(branch.step) if s == 0]
+        if len(branch.keys) != len(branch.step):
+            branch.keys = [0] * len(branch.step)
+        if anew:
+            bits = sample.float().contiguous().view(torch.int32).flatten(1).long()
+            weights = torch.arange(1, bits.shape[1] + 1, device=bits.device)
+            sums = (bits * weights).sum(1).tolist()
+            for r in anew:
+                branch.keys[r] = sums[r]
+        return branch.keys
+
+
+def _listed(given: Tensor, listed: Tensor, host: list[Any]) -> float | None:
+    """The value of a timestep that is a view of an entry of the sampler's list."""
+    same = listed.device == given.device and listed.dtype == given.dtype and listed.ndim == 1
+    if not same or any(s != 0 and n > 1 for s, n in zip(given.stride(), given.shape, strict=True)):
+        return None
+    if given.untyped_storage().data_ptr() != listed.untyped_storage().data_ptr() or listed.stride(0) == 0:
+        return None
+    place = (given.storage_offset() - listed.storage_offset()) // listed.stride(0)
+    return float(host[place]) if 0 <= place < len(host) else None

@@ -1,0 +1,379 @@
+"""The engine of a language model as its user holds it: prompts in, texts out, as fast as this device and these texts allow.
+
+On CUDA texts are written by captured rounds (`offramp.engines.text.rounds`), made for buckets of rows and slots when they are first needed
+and kept; elsewhere, and for what rounds do not know, by the reference (`offramp.engines.text.generate`). In float32 both write the same
+text.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import zip_longest
+from typing import Any
+
+from offramp.budget.agreement import AcceptPlan
+from offramp.core.errors import InvalidInput
+from offramp.engines.capture import Tuning
+from offramp.engines.text.agreement import Acceptance
+from offramp.engines.text.arguments import Settings, StopStrings, one_stop, seeds_of, settings, token_ids
+from offramp.engines.text.draft_lengths import LengthChoice
+from offramp.engines.text.generate import exits, generate
+from offramp.engines.text.planner import Prediction, SpeculationPlan, choose, even_acceptance, plan_speculation
+from offramp.engines.text.round_times import measure, measure_rounds, times_of
+from offramp.engines.text.rounds import Rounds
+from offramp.engines.text.sampling import Sampling
+from offramp.engines.text.written import Generation, Streamer
+from offramp.language import LanguageModel
+from offramp.policies.decoding import Accept, Plain, Scheduled, Verify, Way
+
+LENGTHS = (1, 2, 4, 6)
+"""Draft lengths that are captured where the planner chooses among them; times between are interpolated."""
+_LEAST_SLOTS = 256
+
+
+@dataclass(frozen=True)
+class Need:
+    """What captured rounds are made for: texts that need the same, or are shorter, share them.
+
+    Attributes:
+        rows: texts at a time, a power of two.
+        slots: most tokens of a text, at most a quarter more than is needed from 1,024 on, or what the model's positions allow.
+        lengths: draft lengths.
+        way: whose exit, rule and draws are used.
+        sampling: what is chosen.
+        ends: token ids that end a text.
+    """
+
+    rows: int
+    slots: int
+    lengths: tuple[int, ...]
+    way: Plain | Verify
+    sampling: Sampling
+    ends: tuple[int, ...]
+
+
+class TextGenerator:
+    """Writes texts in one way. Made by `offramp.compile`.
+
+    Captured rounds do plain decoding and verified drafts, greedy or sampled, with any rule that stops drafting, with stop strings and a
+    streamer (both a round late). ``repetition_penalty``, `Accept` and `Scheduled` are the reference's. The first call for more rows or
+    longer texts than before captures, which takes a while; `prepare` does it ahead.
+
+    With a plan, drafting follows what it brings. Captured and greedy: every round has the draft length that measured times and the
+    acceptance seen so far favour, none among them. Otherwise the length is chosen once for each size of batch, by times measured for that
+    size, and is 0 where drafting would not pay.
+
+    Args:
+        lm: from `offramp.attach`.
+        way: how texts are written, or ``None`` where ``plan`` says.
+        plan: of `offramp.engines.text.planner`.
+        tokenizer: of transformers, for prompts that are texts and for stop strings.
+        captured: use captured rounds; by default on CUDA.
+        compiled: see `Rounds`.
+        max_rows: most texts at a time in captured rounds, at least 1; more are written one part after another.
+        keep: most `Rounds` that are kept, at least 1. Each holds a cache for its rows and slots; the one unused for longest goes first.
+
+    Attributes:
+        captures: how many `Rounds` have been made.
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        way: Way | None = None,
+        plan: SpeculationPlan | None = None,
+        *,
+        tokenizer: Any = None,
+        captured: bool | None = None,
+        compiled: bool | Tuning | None = None,
+        max_rows: int = 32,
+        keep: int = 4,
+    ) -> None:
+        if (way is None) == (plan is None):
+            raise InvalidInput("Give a way of decoding or a plan, one of them.")
+        if max_rows < 1 or keep < 1:
+            raise InvalidInput(f"max_rows and keep must be at least 1, got {max_rows} and {keep}.")
+        _check(lm, way, plan)
+        self.lm, self.plan, self.tokenizer = lm, plan, tokenizer
+        self.captured = lm.decoder.device.type == "cuda" if captured is None else captured
+        self.compiled, self.max_rows, self.keep = compiled, max_rows, keep
+        self.captures = 0
+        self._way = way
+        self._plans: dict[int, SpeculationPlan] = {} if plan is None else {_power(plan.times.rows): plan}
+        self._made: OrderedDict[Need, Rounds] = OrderedDict()
+        self._times: dict[Need, Mapping[int, float]] = {}
+
+    def __str__(self) -> str:
+        how = "captured rounds" if self.captured else "the reference engine"
+        return f"TextGenerator on {self.lm.decoder.device}, {how}\n{self.plan if self.plan is not None else self._way}"
+
+    # What is asked for -------------------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Any = None,
+        *,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        tokenizer: Any = None,
+        max_new_tokens: int | None = None,
+        max_length: int | None = None,
+        do_sample: bool | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        repetition_penalty: float | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
+        pad_token_id: int | None = None,
+        stop_strings: str | Sequence[str] | None = None,
+        stop: str | Sequence[str] | None = None,
+        streamer: Streamer | None = None,
+        generation_config: Any = None,
+        seed: int | Sequence[int] = 0,
+        **others: Any,
+    ) -> Generation:
+        """Continue texts. Arguments are those of `offramp.engines.text.generate.generate`, which are those of transformers.
+
+        A prompt may be a text, where a tokenizer is known, or token ids; prompts of a batch may be of any lengths, and none changes what
+        is written behind another. `Generation.tokens` has the new ids of each, `Generation.sequences` prompts and new tokens padded.
+
+        Raises:
+            InvalidInput: an argument is out of range, unknown or not supported; says which.
+        """
+        tokenizer = tokenizer if tokenizer is not None else self.tokenizer
+        if (prompts is None) == (input_ids is None):
+            raise InvalidInput("Give prompts or input_ids, one of them.")
+        given: dict[str, Any] = {
+            "max_new_tokens": max_new_tokens,
+            "max_length": max_length,
+            "do_sample": do_sample,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "repetition_penalty": repetition_penalty,
+            "eos_token_id": eos_token_id,
+            "pad_token_id": pad_token_id,
+            "stop_strings": one_stop(stop_strings, stop),
+        }
+        asked = settings(self.lm.model, given, others, generation_config)
+        texts = token_ids(prompts if input_ids is None else input_ids, attention_mask, tokenizer, asked.pad, asked.ends)
+        if not self.captured or asked.sampling.repetition_penalty != 1.0 or isinstance(self._way, Accept | Scheduled):
+            passed = {"tokenizer": tokenizer, "streamer": streamer, "generation_config": generation_config, "seed": seed, **others}
+            return generate(self.lm, texts, self.way(len(texts)), **given, **passed)
+        new = asked.new_tokens(max(map(len, texts)), self.lm.decoder.max_positions)
+        stops = StopStrings(tokenizer, asked.stop_strings) if asked.stop_strings else None
+        seeds = seeds_of(seed, len(texts))
+        if streamer is not None and len(texts) != 1:
+            raise InvalidInput(f"A streamer takes the tokens of one text, got {len(texts)} prompts; give them one at a time.")
+        parts = []
+        for first in range(0, len(texts), self.max_rows):
+            part = texts[first : first + self.max_rows]
+            made, choice = self._rounds(part, new, asked)
+            parts.append(made.generate(part, new, seeds[first : first + self.max_rows], choice, stops, streamer))
+        found = _joined(parts)
+        found.pad_token_id = asked.filling
+        return found
+
+    def prepare(self, rows: int = 1, tokens: int = 1024, **asked: Any) -> None:
+        """Capture and time what texts of up to ``tokens`` tokens, prompt included, in batches of ``rows`` will need. See `generate`.
+
+        Args:
+            rows: texts at a time.
+            tokens: of a text, at least 2.
+            asked: settings that will be asked for, such as ``do_sample``, ``temperature``, ``eos_token_id``.
+        """
+        if rows < 1 or tokens < 2:
+            raise InvalidInput(f"rows must be at least 1 and tokens at least 2, got {rows} and {tokens}.")
+        self.generate([[0] * (tokens - 1)] * rows, max_new_tokens=1, **asked)
+
+    # How it is done ----------------------------------------------------------------------------------------------------------
+
+    def way(self, rows: int = 1) -> Way:
+        """How a batch of so many rows is written by the reference. With a plan, times are measured for a new size of batch first."""
+        if self._way is not None:
+            return self._way
+        return self._planned(_power(rows)).mode()
+
+    def _planned(self, rows: int) -> SpeculationPlan:
+        first = self._first
+        if first.chosen is None and rows >= first.times.rows:  # what does not pay for few rows does not for more
+            return first
+        if rows not in self._plans:
+            best, most = _best(first), max(p.draft_length for p in first.predictions)
+            times = measure(self.lm, rows=rows, context=first.times.context or 1, most=most, exits=[best.exit_index], repeats=8)
+            self._plans[rows] = choose(times, [_acceptance(first, best)], margin=first.margin)
+        return self._plans[rows]
+
+    @property
+    def _first(self) -> SpeculationPlan:
+        if self.plan is None:
+            raise InvalidInput("This generator has no plan.")
+        return self.plan
+
+    def _rounds(self, part: Sequence[Sequence[int]], new: int, asked: Settings) -> tuple[Rounds, LengthChoice | None]:
+        """Rounds for these texts, and what chooses their draft lengths."""
+        rows, slots = _power(len(part)), self._slots(max(map(len, part)) + new)
+        way = self._way
+        lengths: tuple[int, ...] = (way.draft_length,) if isinstance(way, Verify) else (0,)
+        if self.plan is not None and (self.plan.chosen is not None or rows < self.plan.times.rows):
+            best = _best(self.plan)
+            most = max(p.draft_length for p in self.plan.predictions)
+            lengths = (0, *sorted({k for k in (*LENGTHS, best.draft_length) if k <= most}))
+            way = Verify(lengths[-1], exit_index=best.exit_index)
+        need = Need(rows, slots, lengths, way if isinstance(way, Verify) else Plain(), asked.sampling, asked.ends)
+        need, made = self._get(need)
+        if len(lengths) == 1 or self.plan is None:
+            return made, None
+        if need not in self._times:
+            self._times[need] = times_of(made, part, warmup=3, repeats=10)
+        return made, self._choice(self.plan, self._times[need], asked.sampling)
+
+    @staticmethod
+    def _choice(plan: SpeculationPlan, times: Mapping[int, float], sampling: Sampling) -> LengthChoice:
+        """Among lengths with these times. Sampled texts keep one length, so that a row's text does not depend on the rows beside it."""
+        known = _acceptance(plan, _best(plan))
+        most = len(known.tokens) - 1
+        if sampling.do_sample:
+            best = max(times, key=lambda k: known.tokens[k] / times[k])
+            times = {best: times[best]}
+        return LengthChoice.of(times, even_acceptance(known.tokens[most], most))
+
+    def _get(self, need: Need) -> tuple[Need, Rounds]:
+        """Rounds that serve a need, those made for longer texts included: attention reads no further than a text goes."""
+        fitting = [n for n in self._made if n.slots >= need.slots and replace(n, slots=need.slots) == need]
+        if fitting:
+            found = min(fitting, key=lambda n: n.slots)
+            self._made.move_to_end(found)
+            return found, self._made[found]
+        while len(self._made) >= self.keep:
+            gone, _ = self._made.popitem(last=False)
+            self._times.pop(gone, None)
+        way = need.way
+        drafting: dict[str, Any] = {}
+        if isinstance(way, Verify):
+            drafting = {"exit_index": way.exit_index, "stop": way.stop, "sample_drafts": way.sample_drafts}
+        made = Rounds(
+            self.lm, need.rows, need.slots, need.lengths, sampling=need.sampling, eos_token_id=need.ends, compiled=self.compiled, **drafting
+        )
+        self.captures += 1
+        self._made[need] = made
+        return need, made
+
+    def _slots(self, tokens: int) -> int:
+        most = self.lm.decoder.max_positions
+        step = max(_LEAST_SLOTS, _power(tokens) // 8)
+        slots = -(-tokens // step) * step
+        return slots if most is None else max(tokens, min(slots, most + 1))  # the last token is written and not read
+
+
+def text_generator(
+    lm: LanguageModel,
+    plan: Way | SpeculationPlan | AcceptPlan | None = None,
+    *,
+    tokenizer: Any = None,
+    texts: Any = None,
+    starts: Sequence[int] | None = None,
+    rows: int = 1,
+    context: int = 128,
+    sampling: Sampling | None = None,
+    margin: float = 0.02,
+    captured: bool | None = None,
+    compiled: bool | Tuning | None = None,
+    max_rows: int = 32,
+    keep: int = 4,
+) -> TextGenerator:
+    """Make the engine of a language model.
+
+    Args:
+        lm: from `offramp.attach`.
+        plan: how texts are written: `Plain`, `Verify`, `Accept` or `Scheduled` of `offramp.policies.decoding`; what
+            `offramp.engines.text.planner` or `offramp.budget.agreement` chose; or ``None``: verified drafts, planned here with ``texts``.
+        tokenizer: of transformers, for texts instead of token ids.
+        texts: without a plan: texts like those to come, best of all written by the model; strings, lists of ids, or ids ``[N, T]``.
+        starts: how many tokens of each are prompt; 1 by default.
+        rows: of the batches to plan for first; other sizes are planned for when they come.
+        context: tokens before those that are timed.
+        sampling: to plan for; greedy by default.
+        margin: how much faster than plain decoding drafts must be expected to be; below it they are not made.
+        captured: see `TextGenerator`.
+        compiled: see `Rounds`.
+        max_rows: see `TextGenerator`.
+        keep: see `TextGenerator`.
+
+    Raises:
+        InvalidInput: neither a plan nor texts, a plan for exits that the model does not have, or texts that are too short.
+    """
+    options: dict[str, Any] = {
+        "tokenizer": tokenizer, "captured": captured, "compiled": compiled, "max_rows": max_rows, "keep": keep
+    }  # fmt: skip
+    if isinstance(plan, AcceptPlan):
+        if len(lm.exits) != 1:
+            raise InvalidInput(
+                f"An AcceptPlan is for one exit and this model has {len(lm.exits)}: give Accept({plan.threshold:.4g}, exits=(k,)) with the "
+                "number of the exit that it was calibrated for."
+            )
+        plan = Accept(plan.threshold)
+    if isinstance(plan, Plain | Verify | Accept | Scheduled):
+        return TextGenerator(lm, plan, **options)
+    if isinstance(plan, SpeculationPlan):
+        return TextGenerator(lm, plan=plan, **options)
+    if plan is not None:
+        raise InvalidInput(
+            "A plan for a language model is Plain(), Verify(...), Accept(...), Scheduled(...), a SpeculationPlan or an AcceptPlan; got "
+            f"{plan!r}."
+        )
+    if texts is None:
+        raise InvalidInput("Without a plan one is made, which needs texts=...: prompts with what followed. Or give one, such as Verify(4).")
+    ids = token_ids(texts, tokenizer=tokenizer)
+    used = lm.decoder.device.type == "cuda" if captured is None else captured
+    if used:
+        times = measure_rounds(lm, rows=_power(rows), context=context, lengths=LENGTHS, compiled=compiled)
+    else:
+        times = measure(lm, rows=_power(rows), context=context, most=LENGTHS[-1])
+    made = plan_speculation(lm, ids, starts=starts, sampling=sampling, margin=margin, most=LENGTHS[-1], times=times)
+    return TextGenerator(lm, plan=made, **options)
+
+
+def _check(lm: LanguageModel, way: Way | None, plan: SpeculationPlan | None) -> None:
+    exits(lm, way if way is not None else Verify(1, exit_index=_best(plan).exit_index) if plan is not None else Plain())
+    if isinstance(way, Scheduled) and way.schedule.blocks != len(lm.decoder):
+        raise InvalidInput(f"The schedule is for {way.schedule.blocks} blocks, the model has {len(lm.decoder)}.")
+
+
+def _best(plan: SpeculationPlan) -> Prediction:
+    return plan.chosen or plan.predictions[0]
+
+
+def _acceptance(plan: SpeculationPlan, best: Prediction) -> Acceptance:
+    """What the plan expects of the best one's exit, for every draft length."""
+    same = [p for p in plan.predictions if (p.exit_index, p.head) == (best.exit_index, best.head)]
+    return Acceptance((1.0, *(p.tokens_per_round for p in sorted(same, key=lambda p: p.draft_length))))
+
+
+def _power(count: int) -> int:
+    """The next power of two."""
+    return 1 << max(0, math.ceil(math.log2(count)))
+
+
+def _joined(parts: Sequence[Generation]) -> Generation:
+    """Parts of a batch that were written one after another."""
+    if len(parts) == 1:
+        return parts[0]
+
+    def added(name: str) -> list[int]:
+        return [sum(column) for column in zip_longest(*(getattr(p, name) for p in parts), fillvalue=0)]
+
+    return Generation(
+        [t for p in parts for t in p.tokens],
+        [d for p in parts for d in p.depth],
+        drafted=added("drafted"),
+        accepted=added("accepted"),
+        deep_passes=sum(p.deep_passes for p in parts),
+        prompts=[t for p in parts for t in p.prompts],
+    )
+
+
+__all__ = ["LENGTHS", "TextGenerator", "text_generator"]

@@ -1,0 +1,238 @@
+"""How a user calls diffusion methods: the verbs on a pipeline and on a denoiser."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from denoise_models import Toy, autoencoder, dit
+from torch import Tensor, nn
+
+pytest.importorskip("diffusers")
+
+import offramp
+from offramp import systems
+from offramp.cli.image_nets import EulerFlow, SmallDiT
+from offramp.core.errors import FingerprintMismatch, InvalidInput, NoEffectWarning
+from offramp.core.noise import FlowMatching
+from offramp.engines.diffusion.denoise import Denoiser
+from offramp.engines.diffusion.model import DiffusionModel
+from offramp.train import Noising, RectifiedFlow, noisy_loader
+
+STEPS = 6
+CALL: dict[str, Any] = {"class_labels": [1, 2], "num_inference_steps": STEPS, "output_type": "np"}
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Any:
+    from diffusers import DDIMScheduler, DiTPipeline
+
+    made = DiTPipeline(dit(), autoencoder(), DDIMScheduler())
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+@pytest.fixture(scope="module")
+def cached(pipe: Any) -> DiffusionModel:
+    return offramp.attach(pipe, system=systems.build("deepcache", interval=2))
+
+
+def images(run: Any, **change: Any) -> Tensor:
+    return torch.as_tensor(run(generator=torch.Generator().manual_seed(0), **{**CALL, **change}).images)
+
+
+# ---- a pipeline ------------------------------------------------------------------------------------------------------------
+
+
+def test_it_is_called_as_the_pipeline_is_and_leaves_that_alone(pipe: Any, cached: DiffusionModel) -> None:
+    full = images(pipe)
+    assert type(cached) is DiffusionModel and cached.detach() is pipe
+    got = images(cached)
+    assert got.shape == full.shape and not torch.equal(got, full) and cached.report.cost < 0.8
+    assert torch.equal(images(pipe), full) and type(pipe.transformer).__name__ == "DiTTransformer2DModel"
+    assert cached.vae is pipe.vae and cached.config is pipe.config
+    with pytest.raises(AttributeError, match="nothing_like_it"):
+        _ = cached.nothing_like_it
+
+
+def test_another_scheduler_is_set_without_touching_the_users(pipe: Any) -> None:
+    from diffusers import DPMSolverMultistepScheduler
+
+    fast = offramp.attach(pipe, system=systems.build("deepcache", interval=2))
+    before = pipe.scheduler
+    fast.scheduler = DPMSolverMultistepScheduler()
+    assert images(fast).isfinite().all() and pipe.scheduler is before
+
+
+def test_calibrate_and_compile_give_a_pipeline_with_the_users_call(pipe: Any, cached: DiffusionModel, tmp_path: Path) -> None:
+    plan = offramp.calibrate(cached, target=offramp.MeanCost(0.8), calls=[CALL])
+    run = offramp.compile(cached, plan)
+    assert isinstance(run, type(pipe)) and inspect.signature(run.__call__) == inspect.signature(pipe.__call__)
+    assert images(run).isfinite().all() and run.denoiser.report.cost == pytest.approx(plan.cost.value)
+    assert plan.made_with["sampler"] == "DDIMScheduler" and plan.made_with["guidance"] == 4.0 and plan.made_with["steps"] == STEPS
+    assert plan.certificate.items == 2, "images, not calls"
+    cached.save(tmp_path)
+    assert torch.equal(images(offramp.load(pipe, tmp_path)), images(cached))
+    plan.save(tmp_path)
+    again = offramp.load_plan(tmp_path)
+    assert again == plan and torch.equal(images(offramp.compile(cached, again)), images(run))
+    with torch.no_grad():
+        pipe.transformer.proj_out_2.bias.add_(0.5)
+    try:
+        with pytest.raises(FingerprintMismatch, match="Calibrate again"):
+            offramp.compile(cached, plan)
+    finally:
+        with torch.no_grad():
+            pipe.transformer.proj_out_2.bias.sub_(0.5)
+
+
+def test_fewer_steps_are_taken_than_asked_for(pipe: Any) -> None:
+    fast = offramp.attach(pipe, system=systems.build("few-steps", share=0.5))
+    assert torch.equal(images(fast), images(pipe, num_inference_steps=3))
+    assert torch.equal(images(fast, num_inference_steps=2), images(pipe, num_inference_steps=1))
+    assert inspect.signature(type(fast.published).__call__) == inspect.signature(type(pipe).__call__)
+
+
+def test_a_method_that_changes_nothing_warns(pipe: Any) -> None:
+    fast = offramp.attach(pipe, system=systems.build("first-block-cache", change=0.0))
+    with pytest.warns(NoEffectWarning, match="skipped nothing in this call of 6 steps"):
+        assert torch.equal(images(fast), images(pipe))
+
+
+def test_a_schedule_that_is_not_chosen_yet_says_so(pipe: Any) -> None:
+    fast = offramp.attach(pipe, system=systems.build("static-schedule"))
+    with pytest.raises(InvalidInput, match="choose them with calibrate"):
+        images(fast)
+
+
+# ---- a denoiser alone ------------------------------------------------------------------------------------------------------
+
+
+def small() -> nn.Module:
+    torch.manual_seed(0)
+    model = SmallDiT(1, 3, 8, depth=4, width=16, heads=2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def example() -> dict[str, Tensor]:
+    return {"sample": torch.randn(2, 1, 8, 8), "timestep": torch.tensor([500.0, 100.0]), "class_labels": torch.tensor([0, 1])}
+
+
+def on_small(name: str, model: nn.Module | None = None, **arguments: Any) -> DiffusionModel:
+    options: dict[str, Any] = {"scheduler": EulerFlow(), "noise": FlowMatching(), "example": example()}
+    return offramp.attach(model or small(), system=systems.build(name, **arguments), **options)
+
+
+def loader() -> Any:
+    return noisy_loader(torch.randn(16, 1, 8, 8), Noising(RectifiedFlow(), label="class_labels"), 8, classes=torch.arange(16) % 3)
+
+
+def weights(module: nn.Module) -> dict[str, Tensor]:
+    return {k: v.clone() for k, v in module.state_dict().items()}
+
+
+def test_a_denoiser_alone_is_called_as_it_is() -> None:
+    fast = on_small("shallow")
+    given = example()
+    assert fast.layout.inlet == "embed" and fast.layout.blocks == tuple(f"blocks.{k}" for k in range(4))
+    assert fast(**given).shape == (2, 1, 8, 8) and isinstance(offramp.compile(fast), Denoiser)
+    assert not torch.equal(fast(**given), fast.detach()(**given))
+    assert fast.report.cost == pytest.approx(0.5, abs=0.1)
+
+
+def test_published_lists_keep_their_shares_in_a_model_of_another_depth() -> None:
+    fast = on_small("ee-diffusion")
+    clean = [fast.points[k].signal.skip for k in range(len(fast.points))]
+    levels = FlowMatching().log_snr(torch.linspace(950, 50, 10)).tolist()
+    edges = fast.points[0].signal.edges
+    depth = [
+        next((fast.layout.blocks.index(p.at) + 1 for p in fast.points if p.signal.skip[sum(x >= e for e in edges)]), 4) for x in levels
+    ]
+    assert depth == [2, 2, 2, 2, 3, 3, 3, 3, 4, 4], "shares of 12, 12, 16, 16, 20, 20, 24, 24, 28, 28 of 28, noisiest first"
+    assert all(len(s) == 10 for s in clean)
+
+
+def test_fit_trains_what_the_method_says() -> None:
+    fast = on_small("ee-diffusion")
+    before = weights(fast.net.model)
+    offramp.fit(fast, loader(), epochs=1, max_steps=2, progress=False)
+    after = weights(fast.net.model)
+    assert not torch.equal(before["blocks.0.attention.to_q.weight"], after["blocks.0.attention.to_q.weight"])
+    assert torch.equal(before["time_embed.out.weight"], after["time_embed.out.weight"]), "the time embedder is held"
+
+    heads = on_small("deediff")
+    model, probe = weights(heads.net.model), weights(heads.net.heads)
+    assert set(heads.net.heads) == {"blocks/0", "blocks/1", "blocks/2"}
+    offramp.fit(heads, loader(), epochs=1, max_steps=2, progress=False)
+    assert all(torch.equal(v, model[k]) for k, v in weights(heads.net.model).items())
+    assert any(not torch.equal(v, probe[k]) for k, v in weights(heads.net.heads).items())
+
+    with pytest.raises(InvalidInput, match="deepcache trains nothing"):
+        offramp.fit(on_small("deepcache"), loader(), epochs=1)
+    uniform = on_small("static-schedule")
+    offramp.fit(uniform, loader(), epochs=1, max_steps=1, progress=False)
+
+
+# ---- bad input -------------------------------------------------------------------------------------------------------------
+
+
+def test_what_does_not_fit_is_refused_by_name(pipe: Any, cached: DiffusionModel) -> None:
+    model = small()
+    bad: list[tuple[Any, str]] = [
+        (lambda: offramp.attach(pipe), "takes a diffusion method"),
+        (lambda: offramp.attach(pipe, system=systems.build("pabee")), "pabee is a method of the classify engine"),
+        (lambda: offramp.attach(pipe, system=cached.system, at=["blocks.0"]), "takes no at"),
+        (lambda: offramp.attach(pipe, system=cached.system, scheduler=EulerFlow()), "its own scheduler"),
+        (lambda: offramp.attach(model, system=cached.system), "needs its noise levels"),
+        (lambda: offramp.attach(model, system=cached.system, noise=FlowMatching()), "pass an example"),
+        (lambda: offramp.attach(model, system=systems.build("few-steps"), noise=FlowMatching(), example=example()), "changes the sampler"),
+        (lambda: offramp.attach(SimpleNamespace(scheduler=EulerFlow()), system=cached.system), "no denoiser"),
+        (lambda: offramp.attach("pipe", system=cached.system), "got str"),
+        (lambda: on_small("deepcache", branch=1), "branch must be from 0 to 0"),
+        (lambda: on_small("latte-flow", groups=3), "must divide 4 blocks"),
+        (lambda: offramp.compile(cached, "plan"), "what calibrate"),
+        (lambda: offramp.calibrate(cached, offramp.MeanCost(0.5), rule=1), "takes no rule"),
+        (lambda: offramp.calibrate("trace", offramp.MeanCost(0.5)), "got str"),
+        (lambda: offramp.record(cached, []), "record of a diffusion model is not known"),
+    ]
+    for call, words in bad:
+        with pytest.raises(InvalidInput, match=words):
+            call()
+
+
+def test_a_model_that_has_no_blocks_says_so() -> None:
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mix = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            return self.mix(x) * t[:, None]
+
+    with pytest.raises(InvalidInput, match="Plain has neither repeated blocks nor the down_blocks and up_blocks of a U-Net"):
+        offramp.attach(
+            Plain(), system=systems.build("deepcache"), noise=FlowMatching(), example={"x": torch.randn(2, 4), "t": torch.ones(2)}
+        )
+
+
+def test_a_change_of_noise_shape_is_no_error_and_no_warning(cached: DiffusionModel) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", NoEffectWarning)
+        assert len(images(cached, class_labels=[3])) == 1 and len(images(cached)) == 2
+
+
+def test_a_first_block_without_a_state_like_it_before_it_compares_states() -> None:
+    torch.manual_seed(0)
+    given = {"x": torch.randn(2, 6, 4), "t": torch.tensor([500.0, 300.0]), "y": torch.tensor([1, 2])}
+    fast = offramp.attach(
+        Toy().eval(), system=systems.build("first-block-cache"), scheduler=EulerFlow(), noise=FlowMatching(), example=given
+    )
+    assert type(fast.points[0].signal).__name__ == "StateChange" and on_small("first-block-cache").points[0].signal.since == "embed"
