@@ -208,18 +208,19 @@ class Decoder:
         return len(self.blocks)
 
     def joined(self) -> Decoder:
-        """This decoder with query, key and value of each block made by one product, where they are plain layers of their own.
+        """This decoder with one product for the layers of a block that read the same states, where they are plain layers of their own.
 
         The model's parameters keep their values and identity, but become views of larger tensors (`offramp.backbones.joined`). Memory
         that graphs of ours read is kept; a graph that somebody else captured of this model before must be captured again. Such a
         model is saved by ``save_pretrained`` and by safetensors' ``save_file`` as before; its ``save_model`` refuses views.
         """
+        kept = self._before if self.captured else None
         made = copy.copy(self)
         made.blocks = []
         for block in self.blocks:
-            name, attention = next((n, m) for n in _ATTENTIONS if isinstance(m := getattr(block, n, None), nn.Module))
-            parts = joined_projections(attention, self._before if self.captured else None)
-            made.blocks.append(_seen_through(block, **{name: _seen_through(attention, **parts)}) if parts else block)
+            parts = {name: found for name, child in block.named_children() if (found := joined_projections(child, kept))}
+            views = {name: _seen_through(getattr(block, name), **found) for name, found in parts.items()}
+            made.blocks.append(_seen_through(block, **views) if views else block)
         return made
 
     @property

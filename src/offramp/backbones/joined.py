@@ -1,8 +1,8 @@
-"""Query, key and value of a block as one product.
+"""Layers of a block that read the same states as one product: query, key and value; gate and up.
 
 Few rows are bound by how fast weights are read, and a small matrix takes as long as a larger one: the three products of an attention
-take three kernels' time for one kernel's weights. Here the three weights stand one behind another in one tensor, which one product
-reads; the model's own parameters become views of it, so that nothing is held twice and whoever changes them in place changes both.
+take three kernels' time for one kernel's weights. Here the weights stand one behind another in one tensor, which one product reads; the
+model's own parameters become views of it, so that nothing is held twice and whoever changes them in place changes both.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-PROJECTIONS = ("q_proj", "k_proj", "v_proj")
-"""Names of the layers that read the same states, as transformers calls them."""
+PROJECTIONS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Names of the layers of a module that read the same states, as transformers calls them."""
 
 
 class _Product:
@@ -46,27 +46,26 @@ class _Part(nn.Module):
         return self.product.part(self.index, hidden)
 
 
-def joined_projections(attention: nn.Module, kept: list[Tensor] | None = None) -> dict[str, nn.Module]:
-    """Layers to stand in for an attention's query, key and value, which share one product; none where they are not three plain layers.
+def joined_projections(module: nn.Module, kept: list[Tensor] | None = None) -> dict[str, nn.Module]:
+    """Layers to stand in for those of an attention or a gated network, sharing one product; none where they are not plain layers.
 
     Plain is an `nn.Linear` itself, without hooks, of one width, type and device, and all with a bias or none. Quantised or adapted
     layers stay as they are. Parameters keep their values and identity, but stand in other memory afterwards.
 
     Args:
-        attention: the model's own.
+        module: the model's own.
         kept: takes what held the parameters until now, for who still reads it, such as a captured graph.
     """
-    layers = [getattr(attention, name, None) for name in PROJECTIONS]
-    if not all(type(m) is nn.Linear and _untouched(m) for m in layers):
-        return {}
-    linear = [m for m in layers if isinstance(m, nn.Linear)]
-    weights = [m.weight for m in linear]
-    biases = [m.bias for m in linear if m.bias is not None]
-    alike = {(w.shape[1], w.dtype, w.device) for w in weights}
-    if len(alike) > 1 or len(biases) not in (0, len(linear)) or len({id(w) for w in weights}) < len(weights):
-        return {}
-    product = _Product(_together(weights, kept), _together(biases, kept) if biases else None, [len(w) for w in weights])
-    return {name: _Part(product, k) for k, name in enumerate(PROJECTIONS)}
+    for names in PROJECTIONS:
+        layers = [getattr(module, name, None) for name in names]
+        linear = [m for m in layers if isinstance(m, nn.Linear) and type(m) is nn.Linear and _untouched(m)]
+        weights = [m.weight for m in linear]
+        biases = [m.bias for m in linear if m.bias is not None]
+        alike = len({(w.shape[1], w.dtype, w.device) for w in weights}) == 1 and len({id(w) for w in weights}) == len(names)
+        if alike and len(biases) in (0, len(names)):
+            product = _Product(_together(weights, kept), _together(biases, kept) if biases else None, [len(w) for w in weights])
+            return {name: _Part(product, k) for k, name in enumerate(names)}
+    return {}
 
 
 def _untouched(module: nn.Module) -> bool:

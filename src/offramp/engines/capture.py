@@ -25,8 +25,8 @@ class Tuning:
             consists of, is then generated code too instead of a library call.
         max_autotune: time several implementations of every matrix product and keep the fastest: for the few rows of a verification.
         combo_kernels: launch independent small kernels as one.
-        joined_projections: make query, key and value by one product, in engines that decode: the model's three weights become views of
-            one tensor, values unchanged (`offramp.backbones.decoder.Decoder.joined`).
+        joined_projections: make query, key and value by one product, and gate and up by another, in engines that decode: the model's
+            weights become views of larger tensors, values unchanged (`offramp.backbones.decoder.Decoder.joined`).
     """
 
     coordinate_descent: bool = False
