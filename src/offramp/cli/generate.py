@@ -17,7 +17,7 @@ from offramp.cli.options import RunFlags, command, console
 from offramp.cli.records import optional
 from offramp.core.bundle import write_json
 from offramp.core.errors import InvalidInput
-from offramp.engines.text.generate import generate
+from offramp.engines.text.generator import text_generator
 from offramp.engines.text.written import Generation
 from offramp.language import LanguageModel, attach_lm, load_lm
 from offramp.measure.text_report import pieces, text_report
@@ -50,7 +50,7 @@ class TextFlags:
     seed: Annotated[int, typer.Option(help="Of the drawing.", rich_help_panel=TEXT)] = 0
 
     def arguments(self) -> dict[str, Any]:
-        """Those of `generate`."""
+        """Those of `TextGenerator.generate`."""
         names = ("max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "seed")
         return {**{name: getattr(self, name) for name in names}, "stop_strings": self.stop or None}
 
@@ -84,6 +84,10 @@ class HowFlags:
         ),
     ] = "catch-up"
     cap: Annotated[int, typer.Option(min=1, help="accept: most tokens that wait for the blocks behind.", rich_help_panel=HOW)] = 8
+    compile: Annotated[
+        bool,
+        typer.Option("--compile", help="On CUDA: compile first, which takes a while and pays for long texts.", rich_help_panel=HOW),
+    ] = False
 
     def chosen(self, exit_index: int) -> Way:
         """The mode, at an exit."""
@@ -115,13 +119,15 @@ def generate_text(
 ) -> None:
     """Continue texts with a language model, each token as deep as it needs.
 
+    On CUDA the steps are captured as graphs, but not those of accept with another fill than catch-up, nor with a repetition penalty.
+
     Example: `offramp generate --model ./llama --prompt "Once upon a time" --mode verify --exit 4 --draft-length 5 --show`
     """
     how.chosen(0)  # a wrong mode is said before anything is loaded
     loaded, tokenizer = open_language_model(model, dtype, device)
     lm, exit_index = exits_of(loaded, how)
     mode = how.chosen(exit_index)
-    found = generate(lm, text.prompt, mode, tokenizer=tokenizer, **text.arguments())
+    found = text_generator(lm, mode, tokenizer=tokenizer, compiled=how.compile).generate(text.prompt, **text.arguments())
     for row, prompt in enumerate(text.prompt):
         added = pieces(tokenizer, found.prompts[row], found.tokens[row])
         if show:

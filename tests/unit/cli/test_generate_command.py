@@ -14,6 +14,7 @@ from click.testing import Result
 
 from language_models import build, byte_tokenizer, own_greedy, word_tokenizer
 from offramp.cli.generate import EXIT_STYLE, FULL_STYLE, PROMPT_STYLE, coloured, pieces
+from offramp.engines.text.generator import TextGenerator, text_generator
 from offramp.language import attach_lm
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -90,6 +91,40 @@ def test_show_what_accepting_costs(write: Call) -> None:
     result = write("--max-new-tokens", 9, "--mode", "accept", "--exit", 1, "--threshold", 0, "--show")
     assert re.search(r"16 tokens left early; the model would have chosen otherwise for \d+ \(", result.output), result.output
     assert "Ran 100.00 % of the blocks that plain decoding runs." in result.output
+
+
+MODES = {
+    "plain": ["--mode", "plain"],
+    "verify": ["--mode", "verify", "--exit", 2],
+    "accept": ["--mode", "accept", "--exit", 1, "--threshold", 0.07],
+    "accept, sampled": ["--mode", "accept", "--exit", 1, "--threshold", 0.07, "--do-sample", "--temperature", 0.7],
+    "recompute": ["--mode", "accept", "--exit", 1, "--threshold", 0.07, "--fill", "recompute"],
+}
+
+
+@pytest.mark.parametrize("how", MODES)
+def test_captured_rounds_write_and_show_the_same(write: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    """As on CUDA, where the generator captures by default."""
+    made: list[TextGenerator] = []
+
+    def captured(*given: Any, **options: Any) -> TextGenerator:
+        made.append(text_generator(*given, **options, captured=True))
+        assert options["compiled"] is False, "compiling pays for long texts alone"
+        return made[-1]
+
+    def written(name: str) -> tuple[str, dict[str, Any]]:
+        result = write("--max-new-tokens", 9, *MODES[how], "--show", "--out", tmp_path / name, "--report", tmp_path / f"{name}.html")
+        assert result.exit_code == 0, result.output
+        return result.stdout.split("Ran ")[0], json.loads((tmp_path / name).read_text())
+
+    shown, record = written("reference.json")
+    monkeypatch.setattr("offramp.cli.generate.text_generator", captured)
+    again, found = written("captured.json")
+    assert made[0].captures == (0 if how == "recompute" else 1)
+    assert again == shown
+    for name in ("tokens", "depth", "drafted", "accepted", "audited", "disagreed"):
+        assert found[name] == record[name], name
+    assert not how.startswith("accept") or 0 < found["audited"] < 16
 
 
 def test_show_what_copying_saves(write: Call, tmp_path: Path) -> None:

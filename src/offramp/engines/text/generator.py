@@ -8,11 +8,11 @@ text.
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import Any
+
+import torch
 
 from offramp.budget.agreement import AcceptPlan
 from offramp.core.errors import InvalidInput
@@ -21,50 +21,34 @@ from offramp.engines.text.agreement import Acceptance
 from offramp.engines.text.arguments import Settings, StopStrings, one_stop, seeds_of, settings, token_ids
 from offramp.engines.text.draft_lengths import LengthChoice
 from offramp.engines.text.generate import exits, generate
+from offramp.engines.text.kept_rounds import Kept, KeptRounds, Need
 from offramp.engines.text.planner import Prediction, SpeculationPlan, choose, even_acceptance, plan_speculation
 from offramp.engines.text.round_times import measure, measure_rounds, times_of
-from offramp.engines.text.rounds import Rounds
+from offramp.engines.text.rounds import Captured, Rounds, can_capture, length_of
 from offramp.engines.text.sampling import Sampling
-from offramp.engines.text.written import Generation, Streamer
+from offramp.engines.text.written import Audit, Generation, Streamer
 from offramp.language import LanguageModel
 from offramp.policies.decoding import Accept, Plain, Scheduled, Verify, Way
 
 LENGTHS = (1, 2, 4, 6)
 """Draft lengths that are captured where the planner chooses among them; times between are interpolated."""
+_MOST_WAITING = 16
+"""Tokens that wait in the longest round that is captured where they leave; a fill that lets more wait is asked for no more."""
 _LEAST_SLOTS = 256
-
-
-@dataclass(frozen=True)
-class Need:
-    """What captured rounds are made for: texts that need the same, or are shorter, share them.
-
-    Attributes:
-        rows: texts at a time, a power of two.
-        slots: most tokens of a text, at most a quarter more than is needed from 1,024 on, or what the model's positions allow.
-        lengths: draft lengths.
-        way: whose exit, rule and draws are used.
-        sampling: what is chosen.
-        ends: token ids that end a text.
-    """
-
-    rows: int
-    slots: int
-    lengths: tuple[int, ...]
-    way: Plain | Verify
-    sampling: Sampling
-    ends: tuple[int, ...]
 
 
 class TextGenerator:
     """Writes texts in one way. Made by `offramp.compile`.
 
-    Captured rounds do plain decoding and verified drafts, greedy or sampled, with any rule that stops drafting, with stop strings and a
-    streamer (both a round late). ``repetition_penalty``, `Accept` and `Scheduled` are the reference's. The first call for more rows or
-    longer texts than before captures, which takes a while; `prepare` does it ahead.
+    Captured rounds do plain decoding, verified drafts with any rule that stops drafting, and tokens that leave at one exit and catch up
+    (`Accept` with `CatchUp` and a threshold that does not adapt), greedy or sampled, with stop strings and a streamer (both a round late).
+    ``repetition_penalty``, `Scheduled` and every other `Accept` are the reference's. The first call for more rows or longer texts than
+    before captures, which takes a while; `prepare` does it ahead.
 
     With a plan, drafting follows what it brings. Captured and greedy: every round has the draft length that measured times and the
     acceptance seen so far favour, none among them. Otherwise the length is chosen once for each size of batch, by times measured for that
-    size, and is 0 where drafting would not pay.
+    size, and is 0 where drafting would not pay. Captured rounds in which tokens leave have the length that measured times and the share
+    that left so far favour, also when sampling: their text does not depend on it.
 
     Args:
         lm: from `offramp.attach`.
@@ -99,16 +83,18 @@ class TextGenerator:
         _check(lm, way, plan)
         self.lm, self.plan, self.tokenizer = lm, plan, tokenizer
         self.captured = lm.decoder.device.type == "cuda" if captured is None else captured
-        self.compiled, self.max_rows, self.keep = compiled, max_rows, keep
-        self.captures = 0
+        self.max_rows, self.kept = max_rows, KeptRounds(lm, compiled, keep)
         self._way = way
+        self._in_rounds = self.captured and (way is None or can_capture(lm, way))
         self._plans: dict[int, SpeculationPlan] = {} if plan is None else {_power(plan.times.rows): plan}
-        self._made: OrderedDict[Need, Rounds] = OrderedDict()
-        self._times: dict[Need, Mapping[int, float]] = {}
 
     def __str__(self) -> str:
-        how = "captured rounds" if self.captured else "the reference engine"
+        how = "captured rounds" if self._in_rounds else "the reference engine"
         return f"TextGenerator on {self.lm.decoder.device}, {how}\n{self.plan if self.plan is not None else self._way}"
+
+    @property
+    def captures(self) -> int:
+        return self.kept.made
 
     # What is asked for -------------------------------------------------------------------------------------------------------
 
@@ -160,7 +146,7 @@ class TextGenerator:
         }
         asked = settings(self.lm.model, given, others, generation_config)
         texts = token_ids(prompts if input_ids is None else input_ids, attention_mask, tokenizer, asked.pad, asked.ends)
-        if not self.captured or asked.sampling.repetition_penalty != 1.0 or isinstance(self._way, Accept | Scheduled):
+        if not self._in_rounds or asked.sampling.repetition_penalty != 1.0:
             passed = {"tokenizer": tokenizer, "streamer": streamer, "generation_config": generation_config, "seed": seed, **others}
             return generate(self.lm, texts, self.way(len(texts)), **given, **passed)
         new = asked.new_tokens(max(map(len, texts)), self.lm.decoder.max_positions)
@@ -214,25 +200,36 @@ class TextGenerator:
         return self.plan
 
     def _rounds(self, part: Sequence[Sequence[int]], new: int, asked: Settings) -> tuple[Rounds, LengthChoice | None]:
-        """Rounds for these texts, and what chooses their draft lengths."""
-        rows, slots = _power(len(part)), self._slots(max(map(len, part)) + new)
+        """Rounds for these texts, and what chooses their lengths."""
+        rows = _power(len(part))
+        way, lengths = self._asked_of(rows)
+        kept = self.kept.serving(Need(rows, self._slots(max(map(len, part)) + new), lengths, way, asked.sampling, asked.ends))
+        return kept.rounds, self._choice(kept, part, asked.sampling) if len(lengths) > 1 else None
+
+    def _asked_of(self, rows: int) -> tuple[Captured, tuple[int, ...]]:
+        """What rounds for so many rows do, and the lengths that are captured."""
         way = self._way
-        lengths: tuple[int, ...] = (way.draft_length,) if isinstance(way, Verify) else (0,)
         if self.plan is not None and (self.plan.chosen is not None or rows < self.plan.times.rows):
             best = _best(self.plan)
             most = max(p.draft_length for p in self.plan.predictions)
             lengths = (0, *sorted({k for k in (*LENGTHS, best.draft_length) if k <= most}))
-            way = Verify(lengths[-1], exit_index=best.exit_index)
-        need = Need(rows, slots, lengths, way if isinstance(way, Verify) else Plain(), asked.sampling, asked.ends)
-        need, made = self._get(need)
-        if len(lengths) == 1 or self.plan is None:
-            return made, None
-        if need not in self._times:
-            self._times[need] = times_of(made, part, warmup=3, repeats=10)
-        return made, self._choice(self.plan, self._times[need], asked.sampling)
+            return Verify(lengths[-1], exit_index=best.exit_index), lengths
+        if isinstance(way, Accept):  # 1, 2, 4, ... places
+            most = min(length_of(way) + 1, _MOST_WAITING)
+            return way, tuple(sorted({min(1 << i, most) - 1 for i in range(most.bit_length() + 1)}))
+        return (way, (way.draft_length,)) if isinstance(way, Verify) else (Plain(), (0,))
+
+    def _choice(self, kept: Kept, part: Sequence[Sequence[int]], sampling: Sampling) -> LengthChoice:
+        """Among the lengths of some rounds, by what they take here, which is measured behind these texts if it was not before."""
+        if kept.times is None:
+            kept.times = times_of(kept.rounds, part, warmup=3, repeats=10)
+        times = kept.times
+        if self.plan is None:
+            return LengthChoice(tuple(sorted(times)), tuple(times[k] for k in sorted(times)))
+        return self._drafting(self.plan, times, sampling)
 
     @staticmethod
-    def _choice(plan: SpeculationPlan, times: Mapping[int, float], sampling: Sampling) -> LengthChoice:
+    def _drafting(plan: SpeculationPlan, times: Mapping[int, float], sampling: Sampling) -> LengthChoice:
         """Among lengths with these times. Sampled texts keep one length, so that a row's text does not depend on the rows beside it."""
         known = _acceptance(plan, _best(plan))
         most = len(known.tokens) - 1
@@ -240,27 +237,6 @@ class TextGenerator:
             best = max(times, key=lambda k: known.tokens[k] / times[k])
             times = {best: times[best]}
         return LengthChoice.of(times, even_acceptance(known.tokens[most], most))
-
-    def _get(self, need: Need) -> tuple[Need, Rounds]:
-        """Rounds that serve a need, those made for longer texts included: attention reads no further than a text goes."""
-        fitting = [n for n in self._made if n.slots >= need.slots and replace(n, slots=need.slots) == need]
-        if fitting:
-            found = min(fitting, key=lambda n: n.slots)
-            self._made.move_to_end(found)
-            return found, self._made[found]
-        while len(self._made) >= self.keep:
-            gone, _ = self._made.popitem(last=False)
-            self._times.pop(gone, None)
-        way = need.way
-        drafting: dict[str, Any] = {}
-        if isinstance(way, Verify):
-            drafting = {"exit_index": way.exit_index, "stop": way.stop, "sample_drafts": way.sample_drafts}
-        made = Rounds(
-            self.lm, need.rows, need.slots, need.lengths, sampling=need.sampling, eos_token_id=need.ends, compiled=self.compiled, **drafting
-        )
-        self.captures += 1
-        self._made[need] = made
-        return need, made
 
     def _slots(self, tokens: int) -> int:
         most = self.lm.decoder.max_positions
@@ -366,11 +342,17 @@ def _joined(parts: Sequence[Generation]) -> Generation:
     def added(name: str) -> list[int]:
         return [sum(column) for column in zip_longest(*(getattr(p, name) for p in parts), fillvalue=0)]
 
+    before = [sum(len(p.tokens) for p in parts[:k]) for k in range(len(parts))]
+    looks = [torch.cat([getattr(p.audit, name) for p in parts]) for name in ("place", "exit_index", "score", "agreed", "left")]
     return Generation(
         [t for p in parts for t in p.tokens],
         [d for p in parts for d in p.depth],
+        scores=[s for p in parts for s in p.scores],
         drafted=added("drafted"),
         accepted=added("accepted"),
+        audited=sum(p.audited for p in parts),
+        disagreed=sum(p.disagreed for p in parts),
+        audit=Audit(torch.cat([p.audit.row + rows for p, rows in zip(parts, before, strict=True)]), *looks),
         deep_passes=sum(p.deep_passes for p in parts),
         prompts=[t for p in parts for t in p.prompts],
     )

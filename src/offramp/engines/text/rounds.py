@@ -1,36 +1,51 @@
-"""Decoding as captured rounds: the whole of a step or of a speculation round is one graph, and the host reads its outcome a round late.
+"""Decoding as captured rounds: the whole of a step or of a round of drafts is one graph, and the host reads its outcome a round late.
 
 The reference is `offramp.engines.text.generate`; this gives the same tokens. All state stands at fixed addresses and every decision is made
-on the device, the rule that stops drafting included: a finished row writes nowhere, so that running on for a round changes nothing. Fixed
-are the number of rows, the slots of a text, the draft lengths and what is sampled; prompts of any lengths are then served without capturing
-again. A round is captured for each of several draft lengths over the same state, and the host may choose another before every round.
+on the device, the rule that stops drafting and the threshold that lets a token leave included: a finished row writes nowhere, so that
+running on for a round changes nothing. Fixed are the number of rows, the slots of a text, the lengths of rounds and what is sampled;
+prompts of any lengths are then served without capturing again. What a round computes is in `round_verify.py` and `round_accept.py`. It is
+captured for each of several lengths over the same state, and the host may choose another before every round.
 
 On the CPU a "graph" is a plain call: that is how this file is tested.
-
-Shapes: ``B`` rows, ``K`` drafts, ``W`` width of the states, ``V`` vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from offramp.backbones.decoder import Step
 from offramp.core.errors import InvalidInput
 from offramp.core.modes import evaluating
-from offramp.core.types import RuleState
 from offramp.engines.capture import Graph, Mailbox, Recorder, Tuning
 from offramp.engines.text.draft_lengths import LengthChoice
+from offramp.engines.text.generate import exits
+from offramp.engines.text.round_accept import AcceptRound, fits
+from offramp.engines.text.round_parts import Round
+from offramp.engines.text.round_verify import VerifyRound
 from offramp.engines.text.rows import Rows
-from offramp.engines.text.sampling import Noise, Sampling, accept, accept_greedy, draw
-from offramp.engines.text.speculate import Chances
+from offramp.engines.text.sampling import Noise, Sampling
 from offramp.engines.text.watch import Board, Watch
 from offramp.engines.text.written import Generation, Streamer
 from offramp.language import LanguageModel
-from offramp.policies.decoding import Verify
-from offramp.policies.draft_stop import DraftStop, FixedLength
+from offramp.policies.decoding import Accept, CatchUp, Plain, Verify, Way
+from offramp.policies.draft_stop import DraftStop
+
+Captured = Plain | Verify | Accept
+"""Ways of decoding that rounds know; of `Accept` those that `can_capture` says."""
+
+
+def can_capture(lm: LanguageModel, way: Way) -> bool:
+    """Whether captured rounds write in this way: plain, with verified drafts, or with tokens that leave as `round_accept.fits` says."""
+    return isinstance(way, Plain | Verify) or (isinstance(way, Accept) and fits(lm, way))
+
+
+def length_of(way: Captured) -> int:
+    """Places of the longest round less one: none of plain decoding, drafts, or how many tokens wait before the last."""
+    if isinstance(way, Accept):
+        return way.fill.cap - 1 if isinstance(way.fill, CatchUp) else 0
+    return way.draft_length if isinstance(way, Verify) else 0
 
 
 class Rounds:
@@ -41,6 +56,7 @@ class Rounds:
         rows: texts at a time; fewer may be given.
         slots: most tokens of a text, prompt and all.
         draft_length: most drafts in a round; 0 = plain decoding. Several lengths, ascending, where `generate` is to choose among them.
+            Where tokens leave, places of a round less one, less than the fill's ``cap``. By default what ``way`` has, else 0.
         exit_index: which exit drafts.
         sampling: what to choose; greedy by default.
         eos_token_id: where a text ends.
@@ -48,6 +64,15 @@ class Rounds:
         stop: whether a row makes another draft. What a captured round computes does not become less by it, but its text is that of the
             reference with this rule.
         sample_drafts: when sampling, draw the drafts too; see `offramp.policies.decoding.Verify`.
+        way: in place of ``exit_index``, ``stop`` and ``sample_drafts``; `Accept` lets tokens leave instead of drafting.
+
+    Attributes:
+        lengths: of rounds.
+        draft_length: the longest of them.
+        state: the rows.
+
+    Raises:
+        InvalidInput: an argument is out of range, the model lacks an exit, or rounds do not know the way; says which.
     """
 
     def __init__(
@@ -55,159 +80,61 @@ class Rounds:
         lm: LanguageModel,
         rows: int = 1,
         slots: int = 1024,
-        draft_length: int | Sequence[int] = 0,
+        draft_length: int | Sequence[int] | None = None,
         exit_index: int = 0,
         sampling: Sampling | None = None,
         eos_token_id: int | Sequence[int] | None = None,
         compiled: bool | Tuning | None = None,
         stop: DraftStop | None = None,
         sample_drafts: bool = True,
+        *,
+        way: Captured | None = None,
     ) -> None:
-        lengths = (draft_length,) if isinstance(draft_length, int) else tuple(draft_length)
+        asked = draft_length if draft_length is not None else 0 if way is None else length_of(way)
+        lengths = (asked,) if isinstance(asked, int) else tuple(asked)
         if not lengths or list(lengths) != sorted(set(lengths)) or rows < 1 or slots < 2 or lengths[0] < 0:
             raise InvalidInput(
-                f"rows must be >= 1, slots >= 2 and draft_length >= 0, or several ascending; got {rows}, {slots} and {draft_length}."
+                f"rows must be >= 1, slots >= 2 and draft_length >= 0, or several ascending; got {rows}, {slots} and {asked}."
             )
-        most = lengths[-1]
-        if most and not 0 <= exit_index < len(lm.exits):
+        if way is None:
+            drafting: dict[str, Any] = {} if stop is None else {"stop": stop}
+            way = Verify(lengths[-1], sample_drafts=sample_drafts, exit_index=exit_index, **drafting) if lengths[-1] else Plain()
+        elif exit_index or stop is not None or not sample_drafts:
+            raise InvalidInput("exit_index, stop and sample_drafts are parts of a way; give them to it, as in Verify(4, exit_index=1).")
+        used, longest = exits(lm, way), length_of(way)
+        if not can_capture(lm, way):
             raise InvalidInput(
-                f"exit_index must be from 0 to {len(lm.exits) - 1}, as the model has {len(lm.exits)} exits; got {exit_index}."
+                f"Captured rounds let tokens leave at one exit, with fill=CatchUp(...) and a threshold that does not adapt; got {way} and "
+                f"exits {list(used)}. Use offramp.engines.text.generate for it."
             )
-        self.lm, self.model, self.lengths, self.draft_length = lm, lm.decoder, lengths, most
+        if lengths[-1] > longest:
+            raise InvalidInput(f"Rounds of {way} have lengths from 0 to {longest}; got {list(lengths)}. Give less, or another way.")
+        self.lm, self.model, self.lengths, self.draft_length, self.slots = lm, lm.decoder, lengths, lengths[-1], slots
         self.sampling = sampling if sampling is not None else Sampling()
         if self.sampling.repetition_penalty != 1.0:
             raise InvalidInput("Captured rounds know no repetition_penalty; use offramp.engines.text.generate for it.")
         self.device = self.model.device
         self.ends = [] if eos_token_id is None else [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
-        self.stop = stop if stop is not None else FixedLength()
-        self.fixed = isinstance(self.stop, FixedLength)
-        self.sample_drafts = sample_drafts and self.sampling.do_sample
-        cuda = self.device.type == "cuda"
-        self.recorder = Recorder(self.device, cuda if compiled is None else compiled)
+        self.recorder = Recorder(self.device, self.device.type == "cuda" if compiled is None else compiled)
         if self.recorder.tuning.joined_projections:
             self.model = self.model.joined()
-        self.exit_index = exit_index
         with torch.inference_mode():
-            self.state = Rows(lm, [[0]] * rows, slots - 1, self.sampling, [0] * rows, self.ends, (exit_index,) if most else (), most)
-            self.rule: RuleState = {name: value.clone() for name, value in self.stop.begin(rows, most, self.device).items()}
-            self.chances = self._chances()
-            # Rounds, rows alive, longest row; drafts that were judged and drafts kept, before this round and after it. 56 bytes, which
-            # arrive at the host at once.
-            self.count = torch.zeros(7, dtype=torch.int64, device=self.device)
-            self.tried = torch.zeros(max(1, most), dtype=torch.int64, device=self.device)
-            self.kept = torch.zeros_like(self.tried)
-            self.passes = torch.zeros((), dtype=torch.int64, device=self.device)
-            self.mail = Mailbox(7, self.device)
+            self.state = Rows(lm, [[0]] * rows, slots - 1, self.sampling, [0] * rows, self.ends, used, longest)
+            self.round = self._made(way)
+            self.mail = Mailbox(self.round.count.numel(), self.device)
             self.board = Board(self.state.tokens, self.state.length)
-        self.slots = slots
-        self.depth = lm.exits[exit_index] if most else len(self.model)
-        wrap = self.recorder.wrap
-        self._shallow, self._draft, self._observe = wrap(self._run_shallow), wrap(self._make_draft), wrap(self._show)
-        self._begin, self._go = wrap(self._open), wrap(self._decide)
-        self._deep, self._settle = wrap(self._run_deep), wrap(self._end)
         self._graphs: dict[tuple[int, bool], Graph] = {}
 
-    # What a round is made of. Each piece is compiled by itself, as most run several times in a round. -----------------------------
+    def _made(self, way: Captured) -> Round:
+        if isinstance(way, Accept):
+            return AcceptRound(self.model, self.state, self.recorder, way)
+        return VerifyRound(self.model, self.state, self.recorder, way if isinstance(way, Verify) else None)
 
-    def _run_shallow(self, tokens: Tensor, positions: Tensor, running: Tensor) -> Tensor:
-        step = self.model.step(self.state.cache, positions[:, None], running[:, None])
-        return self.model.run(self.model.embed(tokens[:, None], step), 0, self.depth, step)
-
-    def _make_draft(self, hidden: Tensor, noise: Tensor, positions: Tensor, running: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """A draft, the distribution it is from (empty where tokens are compared instead), and how sure the exit was of it."""
-        logits = self.lm.draft(hidden, self.exit_index, self._own_step(positions, running))[:, 0]
-        if self.sample_drafts:
-            q = self.sampling.probabilities(logits)
-            token = draw(q, noise)
-        else:
-            token = logits.argmax(-1)
-            q = Sampling().probabilities(logits) if self.sampling.do_sample else logits.new_zeros(len(logits), 0)
-        if self.fixed:  # asks nothing
-            return token, q, noise
-        return token, q, logits.float().softmax(-1).gather(1, token[:, None]).squeeze(1)
-
-    def _show(self, hidden: Tensor, positions: Tensor, running: Tensor) -> None:
-        """Let an exit with a cache of its own see a token that it drafts nothing from."""
-        self.lm.observe(hidden, self.exit_index, self._own_step(positions, running))
-
-    def _own_step(self, positions: Tensor, running: Tensor) -> Step | None:
-        own = self.state.own
-        return None if own is None else self.model.step(own, positions[:, None], running[:, None])
-
-    def _open(self, length: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Position of each row's newest token, that token, and how many drafts it can still use, 0 for rows that are finished."""
-        state = self.state
-        first = state.length - 1
-        room = (state.limit - state.length - 1).clamp(min=0, max=length)
-        return first, state.tokens.gather(1, first[:, None]).squeeze(1), torch.where(state.alive, room, 0)
-
-    def _decide(
-        self, rule: RuleState, made: int, sure: Tensor, first: Tensor, drafting: Tensor, counts: Tensor, room: Tensor
-    ) -> tuple[Tensor, Tensor, RuleState]:
-        """After draft ``made``: which rows make another, how many each has, and the rule's state."""
-        counts = counts + drafting
-        go, after = self.stop.go(rule, made, sure, self.chances.at(first, made))
-        return drafting & (counts < room) & go, counts, after
-
-    def _run_deep(self, states: Tensor, first: Tensor, pending: Tensor) -> Tensor:
-        place = torch.arange(states.shape[1], device=first.device)
-        step = self.model.step(self.state.cache, first[:, None] + place, place < pending[:, None])
-        return self.model.logits(self.model.run(states, self.depth, len(self.model), step))
-
-    def _end(self, logits: Tensor, first: Tensor, drafts: Tensor, drafted: Tensor, counts: Tensor, rule: RuleState) -> None:
-        state, width = self.state, logits.shape[1]
-        if self.sampling.do_sample:
-            noise_at = first[:, None] + 1 + torch.arange(width, device=first.device)
-            wanted = self.sampling.probabilities(logits)
-            kept, after = accept(drafts, drafted, wanted, counts, state.noise.at(noise_at[:, :-1], 1), state.noise.at(noise_at, 2))
-        else:
-            kept, after = accept_greedy(drafts, logits.argmax(-1), counts)
-        for name, value in self.stop.learn(rule, counts, kept).items():
-            self.rule[name].copy_(value)
-        place = torch.arange(width, device=first.device)
-        if width > 1:
-            self.tried[: width - 1] += (place[:-1] < counts[:, None]).sum(0)
-            self.kept[: width - 1] += (place[:-1] < kept[:, None]).sum(0)
-        self.count[3:5] = self.count[5:7]
-        self.count[5] += torch.minimum(counts, kept + 1).sum()
-        self.count[6] += kept.sum()
-        self.passes += state.alive.any()
-        written = torch.cat([drafts, after[:, None]], dim=1).scatter(1, kept[:, None], after[:, None])
-        depths = torch.where(place < kept[:, None], self.depth, len(self.model))
-        state.commit(written, state.taken(written, kept + 1), depths)
-        self.count[0] += 1
-        self.count[1] = state.alive.sum()
-        self.count[2] = state.length.max()
-
-    def _round(self, length: int, watched: bool) -> None:
-        state, rule = self.state, self.rule
-        first, token, room = self._begin(length)
-        # Without a rule every row drafts alike: what lies beyond a row's room is thrown away with the row, and no mask is needed.
-        running, drafting, counts = state.alive, room > 0, room if self.fixed else torch.zeros_like(room)
-        states: list[Tensor] = []
-        drafts: list[Tensor] = []
-        drafted: list[Tensor] = []
-        for made in range(length):
-            hidden = self._shallow(token, first + made, running)
-            states.append(hidden)
-            chance = state.noise.at((first + made + 1)[:, None], 0).squeeze(1) if self.sample_drafts else first
-            token, q, sure = self._draft(hidden, chance, first + made, running)
-            drafts.append(token)
-            drafted.append(q)
-            if not self.fixed:
-                running = drafting
-                drafting, counts, rule = self._go(rule, made + 1, sure, first, drafting, counts, room)
-        hidden = self._shallow(token, first + length, running)
-        states.append(hidden)
-        if state.own is not None:
-            self._observe(hidden, first + length, running)
-        logits = self._deep(torch.cat(states, dim=1), first, torch.where(state.alive, counts + 1, 0))
-        tried = torch.stack(drafts, dim=1) if drafts else first.new_zeros(state.count, 0)
-        q = torch.stack(drafted, dim=1) if drafted else logits.new_zeros(state.count, 0, logits.shape[-1])
-        self._settle(logits, first, tried, q, counts, rule)
+    def _run(self, length: int, watched: bool) -> None:
+        self.round.run(length)
         if watched:
-            self.board.post(state.tokens, state.length)
-        self.mail.post(self.count)
+            self.board.post(self.state.tokens, self.state.length)
+        self.mail.post(self.round.count)
 
     # Running it ------------------------------------------------------------------------------------------------------------------
 
@@ -215,7 +142,7 @@ class Rounds:
         """A captured round; captured on first use, with no row alive, so that running it changes nothing.
 
         Args:
-            length: which of the draft lengths; the longest by default.
+            length: which of the lengths; the longest by default.
             watched: whether the host is sent the tokens too.
         """
         key = (self.draft_length if length is None else length, watched)
@@ -225,7 +152,7 @@ class Rounds:
             with torch.inference_mode():
                 self.state.alive.zero_()
                 self.lm.decoder.captured = True
-                self._graphs[key] = self.recorder.graph(lambda: self._round(*key))
+                self._graphs[key] = self.recorder.graph(lambda: self._run(*key))
         return self._graphs[key]
 
     def generate(
@@ -243,8 +170,8 @@ class Rounds:
             prompts: token ids, at most ``rows`` texts.
             max_new_tokens: most tokens to add to each.
             seeds: of each row's randomness; 0, 1, ... by default.
-            choice: chooses the draft length of every round; without it, all rounds have the longest. Greedy texts are the same
-                whatever is chosen, sampled ones follow the same law.
+            choice: chooses the length of every round; without it, all rounds have the longest. Greedy texts are the same whatever is
+                chosen, and so are sampled ones where tokens leave; with drafts, sampled ones follow the same law.
             stops: told the tokens of a row so far, says whether the newest is its last. Asked on the host a round late: the row writes
                 on for a round or two, and what it wrote too much is cut off.
             streamer: is told of the tokens of the only row, a round late.
@@ -289,9 +216,6 @@ class Rounds:
         for row in rows:
             self.state.alive[row].fill_(False)  # in the order of the stream, after the round in flight
 
-    def _chances(self) -> Chances:
-        return Chances.of(self.state, Verify(max(1, self.draft_length), self.stop))
-
     def _load(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, seeds: list[int]) -> Rows:
         """Put prompts in place of whatever was written before. Rows without one are not alive."""
         state, spare = self.state, self.state.count - len(prompts)
@@ -306,11 +230,7 @@ class Rounds:
         state.noise.values.copy_(Noise.of([*seeds, *([0] * spare)], state.noise.values.shape[1], self.device).values)
         state.reach = max(len(p) for p in prompts)
         state.result = Generation([], [], prompts=[[int(t) for t in p] for p in prompts])
-        for name, value in self.stop.begin(state.count, self.draft_length, self.device).items():
-            self.rule[name].copy_(value)
-        self.chances.values.copy_(self._chances().values)
-        for counted in (self.count, self.tried, self.kept, self.passes):
-            counted.zero_()
+        self.round.restart()
         return state
 
     def _done(self, prompts: Sequence[Sequence[int]], watch: Watch | None) -> Generation:
@@ -318,9 +238,8 @@ class Rounds:
             torch.cuda.synchronize(self.device)
         result = self.state.done()
         result.tokens, result.depth = result.tokens[: len(prompts)], result.depth[: len(prompts)]
-        result.drafted, result.accepted = self.tried.tolist()[: self.draft_length], self.kept.tolist()[: self.draft_length]
-        result.deep_passes = int(self.passes)
         if watch is not None:
             watch.saw(self.state.tokens.cpu(), self.state.length.cpu())
             watch.finish(result)
+        self.round.report(result)
         return result

@@ -1,21 +1,27 @@
-"""Captured rounds write what the reference writes: the same tokens, depths and counts of drafts, whatever was written before."""
+"""Captured rounds write what the reference writes: the same tokens, depths, counts of drafts and audits, whatever was written before."""
 
 from __future__ import annotations
+
+import math
+from typing import Any
 
 import pytest
 import torch
 
 from language_models import word_tokenizer
+from offramp.budget.agreement import BetaMixture
 from offramp.core.errors import InvalidInput
 from offramp.engines.text.arguments import StopStrings
 from offramp.engines.text.draft_lengths import LengthChoice
 from offramp.engines.text.generate import generate
-from offramp.engines.text.rounds import Rounds
+from offramp.engines.text.rounds import Rounds, can_capture
 from offramp.engines.text.sampling import Sampling
+from offramp.engines.text.written import Generation
 from offramp.exits.cached import Adapter
 from offramp.exits.lm import Trimmed
-from offramp.language import attach_lm
-from offramp.policies.decoding import Plain, Verify
+from offramp.language import LanguageModel, attach_lm
+from offramp.policies import Entropy, Margin
+from offramp.policies.decoding import Accept, CatchUp, Copy, Decaying, Plain, Recompute, Verify, Way
 from offramp.policies.draft_stop import BelowProbability, BetaThompson, CalibratedThompson, MarginalValue
 
 transformers = pytest.importorskip("transformers")
@@ -193,6 +199,116 @@ def test_lengths_that_were_not_asked_for(good):
             Rounds(good, 1, 40, wrong)
 
 
+# ---- tokens that leave -------------------------------------------------------------------------------------------------------
+
+
+def same_looks(found: Generation, expected: Generation) -> None:
+    """What exits said of which token, and whether the full model says so too."""
+    assert len(found.scores) == len(expected.scores)
+    for row, wanted in zip(found.scores, expected.scores, strict=True):
+        assert row == pytest.approx(wanted, abs=1e-5, nan_ok=True)
+    assert (found.audited, found.disagreed) == (expected.audited, expected.disagreed)
+    for name in ("row", "place", "exit_index", "agreed", "left"):
+        assert torch.equal(getattr(found.audit, name), getattr(expected.audit, name)), name
+    torch.testing.assert_close(found.audit.score, expected.audit.score)
+
+
+def same(found: Generation, expected: Generation) -> None:
+    assert (found.tokens, found.depth) == (expected.tokens, expected.depth)
+    assert found.drafted == found.accepted == []
+    same_looks(found, expected)
+
+
+@pytest.mark.parametrize("sampling", [{}, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("cap", [1, 2, 5])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_tokens_leave_as_in_the_reference(good: LanguageModel, rows: int, cap: int, sampling: dict[str, Any]) -> None:
+    mode = Accept(0.055, fill=CatchUp(cap))
+    run = Rounds(good, rows, 60, sampling=Sampling(**sampling), way=mode)
+    wrong = stayed = 0
+    for start in range(0, 5, rows):  # the last batch is smaller, and every batch after the first finds used memory
+        given = prompts(5)[start : start + rows]
+        for new in (25, 1):
+            expected, found = generate(good, given, mode, max_new_tokens=new, **sampling), run.generate(given, new)
+            same(found, expected)
+            if rows == 1:
+                assert found.deep_passes == expected.deep_passes
+            wrong, stayed = wrong + found.disagreed, stayed + int((~found.audit.left).sum())
+            assert new != 25 or found.deep_passes < 24 or cap == 1, "no round wrote more than a token"
+    assert wrong and stayed, "no token that left was wrong, or all left, so that was not tested"
+
+
+@pytest.mark.parametrize(
+    ("mode", "least", "most"),
+    [
+        (Accept(math.inf, fill=CatchUp(4)), 0, 0),
+        (Accept(0.0, fill=CatchUp(4)), 72, 72),
+        (Accept((0.012,), Margin(), CatchUp(4)), 1, 71),
+        (Accept(-4.25, Entropy(), CatchUp(4)), 1, 71),
+        (Accept(Decaying(0.06, 30.0), fill=CatchUp(4)), 1, 71),
+    ],
+    ids=["none", "all", "margin", "entropy", "decaying"],
+)
+def test_rules_and_thresholds(good: LanguageModel, mode: Accept, least: int, most: int) -> None:
+    expected, found = generate(good, prompts(3), mode, max_new_tokens=25), Rounds(good, 3, 60, way=mode).generate(prompts(3), 25)
+    same(found, expected)
+    assert least <= found.audited <= most
+
+
+def test_rows_that_left_and_ended(lm: LanguageModel) -> None:
+    """At an end token in the middle of a round, behind a wait, or at the limit."""
+    mode = Accept(0.05, fill=CatchUp(4), exits=(1,))
+    run = Rounds(lm, 4, 60, eos_token_id=[8, 33], way=mode)
+    for given in (prompts(4), prompts()[4:7]):
+        expected = generate(lm, given, mode, max_new_tokens=30, eos_token_id=[8, 33])
+        same(run.generate(given, 30), expected)
+        assert {1} == set(expected.audit.exit_index.tolist()) and 0 < expected.audited < len(expected.audit)
+        assert any(1 < len(t) < 30 for t in expected.tokens), "no row met an end token, so that was not tested"
+
+
+def test_a_head_with_a_cache_sees_every_token_once(good: LanguageModel) -> None:
+    other = attach_lm(good.model, [1], Adapter())
+    with torch.no_grad():
+        for parameter in other.heads.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    mode = Accept(0.08, fill=CatchUp(4))
+    run = Rounds(other, 3, 60, (0, 3), way=mode)
+    for choice in (None, LengthChoice((0, 3), (1.0, 1.9), 0.3, weight=2.0, patience=2)):
+        for given in (prompts(3), prompts()[3:5]):
+            expected = generate(other, given, mode, max_new_tokens=30)
+            same(run.generate(given, 30, choice=choice), expected)
+            assert 0 < expected.audited < len(expected.audit)
+
+
+@pytest.mark.parametrize("sampling", [{}, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("start", [0.02, 0.98])
+def test_where_tokens_leave_the_text_stays_whatever_length_is_chosen(good: LanguageModel, start: float, sampling: dict[str, Any]) -> None:
+    mode = Accept(0.055, fill=CatchUp(6))
+    run = Rounds(good, 3, 120, (0, 1, 3, 5), sampling=Sampling(**sampling), way=mode)
+    known = LengthChoice((0, 1, 3, 5), (1.0, 1.3, 1.9, 2.5), start, weight=4.0, patience=3)
+    for given in (prompts(3), prompts()[3:6]):
+        found = run.generate(given, 80, choice=known)
+        same(found, generate(good, given, mode, max_new_tokens=80, **sampling))
+        assert found.deep_passes < 79, "no round wrote more than a token"
+
+
+def test_ways_that_rounds_do_not_know(lm: LanguageModel, good: LanguageModel) -> None:
+    for wrong in (
+        Accept(0.1),
+        Accept(0.1, fill=Copy(), exits=(0,)),
+        Accept(BetaMixture(), exits=(0,)),
+        Accept(0.1, fill=Recompute(), exits=(0,)),
+    ):
+        assert not can_capture(lm, wrong)
+        with pytest.raises(InvalidInput, match="at one exit, with fill=CatchUp"):
+            Rounds(lm, 1, 40, way=wrong)
+    assert can_capture(lm, Accept(0.1, exits=(1,))) and can_capture(good, Accept(0.1)) and can_capture(lm, Verify(2))
+    with pytest.raises(InvalidInput, match="lengths from 0 to 3"):
+        Rounds(good, 1, 40, 4, way=Accept(0.1, fill=CatchUp(4)))
+    with pytest.raises(InvalidInput, match="parts of a way"):
+        Rounds(good, 1, 40, way=Verify(4), stop=BelowProbability(0.1))
+
+
 # ---- stop strings and streaming ----------------------------------------------------------------------------------------------
 
 
@@ -210,28 +326,34 @@ class Heard:
         self.ended += 1
 
 
-@pytest.mark.parametrize("draft_length", [0, 4])
-def test_stop_strings_cut_where_the_reference_does(good, draft_length):
+WAYS = [Plain(), Verify(4), Accept(0.055, fill=CatchUp(3))]
+
+
+@pytest.mark.parametrize("mode", WAYS, ids=lambda w: type(w).__name__)
+def test_stop_strings_cut_where_the_reference_does(good: LanguageModel, mode: Way) -> None:
     tokenizer = word_tokenizer()
-    mode = Verify(draft_length) if draft_length else Plain()
-    run = Rounds(good, 3, 60, draft_length)
-    plain = generate(good, prompts(3), Plain(), max_new_tokens=30)
+    run = Rounds(good, 3, 60, way=mode)
+    plain = generate(good, prompts(3), mode, max_new_tokens=30)
     words = [tokenizer.decode([row[place]]).strip() for row, place in ((plain.tokens[0], 9), (plain.tokens[1], 4))]
     for stops in (words, [tokenizer.decode([plain.tokens[2][0]]).strip()]):
         expected = generate(good, prompts(3), mode, max_new_tokens=30, tokenizer=tokenizer, stop_strings=stops)
         found = run.generate(prompts(3), 30, stops=StopStrings(tokenizer, stops))
         assert (found.tokens, found.depth) == (expected.tokens, expected.depth)
+        same_looks(found, expected)
         assert any(len(t) < 30 for t in found.tokens), "no stop string was met, so that was not tested"
 
 
-def test_a_streamer_hears_what_is_written(good):
+@pytest.mark.parametrize("mode", WAYS[1:], ids=lambda w: type(w).__name__)
+def test_a_streamer_hears_what_is_written(good: LanguageModel, mode: Way) -> None:
     tokenizer = word_tokenizer()
-    run, given = Rounds(good, 1, 60, 3), prompts(1)
+    run, given = Rounds(good, 1, 60, way=mode), prompts(1)
     for stops in (None, StopStrings(tokenizer, ["w1"])):
         heard = Heard()
         found = run.generate(given, 30, stops=stops, streamer=heard)
         assert heard.ended == 1 and heard.values[0].tolist() == given
         assert torch.cat(heard.values[1:]).tolist() == found.tokens[0]
-        assert len(heard.values) > 4 and max(v.numel() for v in heard.values[1:]) <= 8, "tokens came at the end, not on the way"
+        assert len(heard.values) > min(4, len(found.tokens[0]) // 2) and max(v.numel() for v in heard.values[1:]) <= 8, (
+            "tokens came at the end, not on the way"
+        )
     with pytest.raises(InvalidInput, match="one text"):
         Rounds(good, 2, 60).generate(prompts(2), 3, streamer=Heard())

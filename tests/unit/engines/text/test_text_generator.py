@@ -20,10 +20,10 @@ from offramp.engines.text.generator import TextGenerator, text_generator
 from offramp.engines.text.planner import SpeculationPlan, choose
 from offramp.engines.text.round_times import Candidate, Times
 from offramp.language import LanguageModel, attach_lm
-from offramp.policies.decoding import Accept, Plain, Scheduled, Verify
+from offramp.policies.decoding import Accept, CatchUp, Plain, Recompute, Scheduled, Verify
 from offramp.policies.draft_stop import BelowProbability
 
-WAYS = [Plain(), Verify(3), Verify(2, BelowProbability(0.2), exit_index=1), Accept(0.3)]
+WAYS = [Plain(), Verify(3), Verify(2, BelowProbability(0.2), exit_index=1), Accept(0.3), Accept(0.055, fill=CatchUp(3), exits=(1,))]
 SAMPLED = {"do_sample": True, "temperature": 0.8, "top_k": 10, "seed": 7}
 
 
@@ -56,8 +56,11 @@ def test_captured_or_not_the_text_is_the_references(lm, way):
             found = run.generate(given, max_new_tokens=12, **asked)
             assert (found.tokens, found.depth, found.prompts) == (expected.tokens, expected.depth, given)
             assert torch.equal(found.sequences, expected.sequences)
-    assert captured.captures == (0 if isinstance(way, Accept) else 2), "greedy and sampled, and the penalty is the reference's"
+            assert (found.audited, found.disagreed) == (expected.audited, expected.disagreed)
+    several = isinstance(way, Accept) and way.exits is None
+    assert captured.captures == (0 if several else 2), "greedy and sampled, and the penalty is the reference's"
     assert plain.captures == 0
+    assert ("the reference engine" in str(captured)) == several and "the reference engine" in str(plain)
 
 
 def test_as_transformers_writes(lm):
@@ -116,7 +119,7 @@ def test_rounds_are_shared_and_bounded(lm):
     run.generate(prompts((4,) * 3), max_new_tokens=3)
     assert run.captures == 2
     run.generate(prompts((4,) * 2), max_new_tokens=3)  # a third: the one unused for longest goes, which is that of one row
-    assert run.captures == 3 and len(run._made) == 2
+    assert run.captures == 3 and len(run.kept.all) == 2
     run.generate(prompts((4,) * 3), max_new_tokens=3)
     assert run.captures == 3
     run.generate(prompts((4,)), max_new_tokens=3)
@@ -132,13 +135,27 @@ def test_more_rows_than_at_a_time(lm):
     assert run.captures == 2
 
 
+def test_more_rows_than_at_a_time_that_leave(lm):
+    """What was seen of each row is that of the row, in whichever part it was written."""
+    given, way = prompts(), Accept(0.055, fill=CatchUp(3), exits=(1,))
+    expected = generate(lm, given, way, max_new_tokens=8)
+    found = TextGenerator(lm, way, captured=True, max_rows=3).generate(given, max_new_tokens=8)
+    assert (found.tokens, found.depth, found.audited, found.disagreed) == (
+        expected.tokens, expected.depth, expected.audited, expected.disagreed
+    )  # fmt: skip
+    assert 0 < found.audited < len(found.audit)
+    for name in ("row", "place", "exit_index", "agreed", "left"):
+        assert torch.equal(getattr(found.audit, name), getattr(expected.audit, name)), name
+    assert [row[1:] for row in found.scores] == [pytest.approx(row[1:], abs=1e-5) for row in expected.scores]
+
+
 def test_prepared_is_not_captured_again(lm):
     run = TextGenerator(lm, Verify(2), captured=True)
     run.prepare(rows=2, tokens=100)
     run.generate(prompts((5, 6)), max_new_tokens=10)
     assert run.captures == 1
     run.prepare(rows=2, tokens=700)
-    assert run.captures == 2 and [need.slots for need in run._made] == [256, 768]
+    assert run.captures == 2 and [k.need.slots for k in run.kept.all] == [256, 768]
     run.generate(prompts((3, 4)), max_new_tokens=300)  # between the two, and the longer ones serve it
     assert run.captures == 2
     with pytest.raises(InvalidInput, match="tokens at least 2"):
@@ -201,10 +218,41 @@ def test_captured_rounds_follow_measured_times(lm, monkeypatch, draft):
     assert sampled.tokens == generate(lm, given, way, max_new_tokens=10, **SAMPLED).tokens if draft > 1 else sampled.drafted[5] > 0
 
 
+@pytest.mark.parametrize(("place", "longest"), [(0.01, True), (3.0, False)])
+def test_rounds_in_which_tokens_leave_follow_measured_times(lm, monkeypatch, place, longest):
+    """Where a place costs little many are tried at a time, else one; the text stays."""
+    asked: list[tuple[int, ...]] = []
+
+    def measured(rounds: Any, prompts: Any, **_: Any) -> dict[int, float]:
+        asked.append(rounds.lengths)
+        return {k: 1 + place * k for k in rounds.lengths}
+
+    monkeypatch.setattr(module, "times_of", measured)
+    way = Accept(0.04, fill=CatchUp(6), exits=(1,))
+    run = TextGenerator(lm, way, captured=True)
+    for given in (prompts((5,)), prompts((3,))):
+        expected, found = generate(lm, given, way, max_new_tokens=40), run.generate(given, max_new_tokens=40)
+        assert found.tokens == expected.tokens and expected.audited > 20
+        assert found.deep_passes == expected.deep_passes if longest else found.deep_passes > 32
+    assert asked == [(0, 1, 3, 5)], "measured once"
+    few = TextGenerator(lm, replace(way, fill=CatchUp(1)), captured=True)
+    few.generate(prompts((5,)), max_new_tokens=4)
+    assert [k.need.lengths for k in few.kept.all] == [(0,)] and len(asked) == 1, "nothing to choose from"
+    many = TextGenerator(lm, replace(way, fill=CatchUp(1000)), captured=True)
+    many.generate(prompts((5,)), max_new_tokens=4)
+    assert asked[1:] == [(0, 1, 3, 7, 15)]
+
+
+def test_other_fills_are_the_references(lm):
+    way = Accept(0.055, fill=Recompute(3), exits=(1,))
+    run = TextGenerator(lm, way, captured=True)
+    assert run.generate(prompts((5,)), max_new_tokens=9).blocks_run > 0 and run.captures == 0
+
+
 def test_off_for_the_planned_rows_is_off_for_more(lm):
     run = text_generator(lm, planned(lm, 5.0, rows=2), captured=True)
     found = run.generate(prompts((5, 3)), max_new_tokens=10)
-    assert found.drafted == [] and [need.lengths for need in run._made] == [(0,)]
+    assert found.drafted == [] and [k.need.lengths for k in run.kept.all] == [(0,)]
 
 
 @pytest.mark.parametrize("captured", [False, True])
