@@ -55,7 +55,6 @@ from train_diffusion import images_of
 
 from offramp.core.errors import OfframpError
 from offramp.engines.diffusion.denoise import Denoiser
-from offramp.engines.diffusion.regions import RegionDenoiser
 from offramp.measure.clock import compare, environment
 from offramp.measure.image_quality import (
     FeatureStatistics,
@@ -483,7 +482,7 @@ class Benchmark:
         else:
             if way.regions is None:
                 counting = Counting(runner, len(model.net.cut().segments))
-            denoiser = RegionDenoiser(model.net, way.regions) if way.regions is not None else Denoiser(model.net, way.points, run=counting)
+            denoiser = model.denoiser(way, runner if counting is None else counting)
             noted: list[dict[str, Any]] = []
             functions["ours"] = partial(model.sample, Called(denoiser, model.net), way, noise, labels)
             called = Called(denoiser, model.net, noted)

@@ -6,6 +6,7 @@ Shapes: ``N`` samples, ``S`` steps of a sampler.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +29,7 @@ from offramp.engines.diffusion.denoise import Denoiser
 from offramp.engines.diffusion.graphs import Captured
 from offramp.engines.diffusion.model import layout_of
 from offramp.engines.diffusion.pipeline import sample
+from offramp.engines.diffusion.region_graphs import CapturedRegions
 from offramp.engines.diffusion.regions import RegionDenoiser
 from offramp.engines.diffusion.report import Report
 from offramp.engines.diffusion.run import Runner
@@ -283,7 +285,7 @@ class Model:
     def denoiser(self, way: Way, run: Runner | None = None) -> Denoiser:
         """What carries a way out; the way's weights must be worn."""
         if way.regions is not None:
-            return RegionDenoiser(self.net, way.regions)
+            return RegionDenoiser(self.net, way.regions, run=run.regions if isinstance(run, ByBlock) else run)
         return Denoiser(self.net, way.points, run=run)
 
     def sample(self, called: Called, way: Way, noise: Tensor, labels: Tensor) -> Tensor:
@@ -338,6 +340,11 @@ def model_of(family: Mapping[str, Model], way: Way) -> Model:
 
 class ByBlock(Captured):
     """Captured graphs of segments that are compiled one by one, so that all plans on a model share what was compiled."""
+
+    @functools.cached_property
+    def regions(self) -> CapturedRegions:
+        """The same for steps of some tokens, of which all settings share the step of all of them."""
+        return CapturedRegions(self.device, self.compiled)
 
     def _function(self, cut: Cut, start: int, stop: int, read: tuple[str, ...]) -> tuple[Any, Any]:
         if stop - start == 1:

@@ -70,11 +70,13 @@ class _Now:
     Attributes:
         kept: what is known of all tokens, by place.
         active: int64 ``[B, k]`` tokens that are computed, or ``None`` for all.
+        rows: int64 ``[B, 1]``, each row's number, where only some are.
         tokens: N.
     """
 
     kept: list[Tensor | None]
     active: Tensor | None
+    rows: Tensor | None = None
     tokens: int = 0
 
 
@@ -103,6 +105,7 @@ class ImageTokens:
         blocks: how many blocks it has.
         places: tensors that are kept of every token.
         embedding: name of the module from image to tokens.
+        version: how often the model was seen anew because its modules were replaced.
 
     Raises:
         UnsupportedModel: something is missing; the message says what.
@@ -111,6 +114,7 @@ class ImageTokens:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._now: _Now | None = None
+        self.version = 0
         self._see()
 
     def _see(self) -> None:
@@ -147,6 +151,17 @@ class ImageTokens:
     def _own(self) -> list[Any]:
         """What the copies have of their own: were it replaced in the model, they would not know."""
         return [part for m in self._originals for part in (*m._modules.values(), getattr(m, "processor", None))]
+
+    def refresh(self) -> None:
+        """See the model anew if its modules were replaced: adapters were loaded, or another attention function was set.
+
+        Raises:
+            UnsupportedModel: what there is now lacks something.
+        """
+        parts = self._own()
+        if len(parts) != len(self._parts) or any(a is not b for a, b in zip(parts, self._parts, strict=True)):
+            self._see()
+            self.version += 1
 
     def _block(self, block: nn.Module, where: str) -> nn.Module:
         """A view of a block, its attention over image tokens with it."""
@@ -192,13 +207,14 @@ class ImageTokens:
                 f"{type(self.model).__name__} makes keys, values or outputs {tuple(new.shape)} where {count} tokens are computed: "
                 "what its blocks attend to is not the tokens of the image."
             )
-        if now.active is None:
+        if now.active is None or now.rows is None:
             now.kept[place] = new.clone() if output else new  # the caller may write into an output
             return new
         old = now.kept[place]
         if old is None:
             raise UnsupportedModel(f"{type(self.model).__name__} ran through other modules than those that are seen here.")
-        old.scatter_(1, now.active[..., None].expand(-1, -1, old.shape[2]), new.to(old.dtype))
+        # By index and not by scattering: compilers write this where it stands, and that only into a copy of everything.
+        old.index_put_((now.rows, now.active), new.to(old.dtype))
         return old.clone() if output else old
 
     def _under_way(self) -> _Now:
@@ -220,12 +236,14 @@ class ImageTokens:
         Raises:
             UnsupportedModel: the model did not run through the modules that are seen here.
         """
-        parts = self._own()
-        if len(parts) != len(self._parts) or any(a is not b for a, b in zip(parts, self._parts, strict=True)):
-            self._see()  # adapters were loaded, or another attention function was set
-        if not torch.compiler.is_compiling() and not torch.is_inference_mode_enabled():  # else they cannot be written into
-            store.kept = [t.clone() if t.is_inference() else t for t in store.kept]
-        now = _Now(list(store.kept) if active is not None else [None] * self.places, active)
+        if not torch.compiler.is_compiling():  # what is compiled was looked at before
+            self.refresh()
+            if not torch.is_inference_mode_enabled():  # else they cannot be written into
+                store.kept = [t.clone() if t.is_inference() else t for t in store.kept]
+        if active is None:
+            now = _Now([None] * self.places, None)
+        else:
+            now = _Now(list(store.kept), active, torch.arange(active.shape[0], device=active.device)[:, None])
         self._now = now
         try:
             with evaluating(self.model) if self.model.training else contextlib.nullcontext():

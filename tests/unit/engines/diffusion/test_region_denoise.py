@@ -13,13 +13,15 @@ from denoise_models import autoencoder, dit, loud, pixart, schedulers, sd3, unet
 from torch import Tensor, nn
 
 from offramp.backbones import diffusers as library
-from offramp.backbones.image_tokens import ImageTokens, TokenStore, prediction
+from offramp.backbones.image_tokens import ImageTokens, prediction
 from offramp.core.errors import BudgetInfeasible, InvalidInput, NoEffectWarning, UnsupportedModel
 from offramp.core.flops import count_flops
 from offramp.core.noise import FlowMatching
 from offramp.diffusion import uncut_denoiser
+from offramp.engines.diffusion import region_graphs
 from offramp.engines.diffusion.pipeline import sample
 from offramp.engines.diffusion.region_budget import region_cost, regions_for_cost
+from offramp.engines.diffusion.region_step import EagerRegions, RegionMemory, RegionRunner
 from offramp.engines.diffusion.regions import RegionDenoiser, attach_region_pipeline, attach_regions
 from offramp.reduce.regions import AtLevels, AtSteps, ChannelNorm, Regions
 
@@ -50,10 +52,12 @@ def images(rows: int, height: int = 8, width: int = 8) -> Tensor:
     return torch.stack([torch.randn(4, height, width, generator=torch.Generator().manual_seed(r)) for r in range(rows)])
 
 
-def of(family: str, regions: Regions = LITTLE, model: nn.Module | None = None, observe: bool = False) -> RegionDenoiser:
+def of(
+    family: str, regions: Regions = LITTLE, model: nn.Module | None = None, observe: bool = False, run: RegionRunner | None = None
+) -> RegionDenoiser:
     model = model if model is not None else MODELS[family]()
     example = {"hidden_states": images(2), "timestep": torch.tensor([600, 600]), **conditions(family, 2)}
-    return attach_regions(model, regions, noise=FlowMatching(), example=example, observe=observe)
+    return attach_regions(model, regions, noise=FlowMatching(), example=example, observe=observe, run=run)
 
 
 def row_of(value: Any, row: int) -> Any:
@@ -597,15 +601,18 @@ def library_inputs(name: str) -> Any:
 
 
 @torch.no_grad()
-def test_a_step_of_some_tokens_is_one_graph() -> None:
-    """Static shapes and no break: what a compiler needs."""
-    view = ImageTokens(dit())
-    call = {"hidden_states": images(2), "timestep": torch.tensor([600, 600]), "class_labels": torch.tensor([1, 2])}
-    active = torch.tensor([[0, 3, 5, 9], [1, 2, 3, 4]])
-    stores = [TokenStore(), TokenStore()]
-    for store in stores:
-        view(store, None, call)
-    eager = prediction(view(stores[0], active, call))
+@pytest.mark.parametrize("family, k", [("dit", 8), ("dit", None), ("pixart", 8), ("sd3", 8)])
+def test_a_compiler_sees_a_step_whole(family: str, k: int | None) -> None:
+    """Static shapes, no break and nothing that depends on data, from the choice of tokens to what the next step is decided by."""
+    denoiser = of(family)
+    call = denoiser.net.call(hidden_states=images(2), timestep=torch.tensor([600, 600]), **conditions(family, 2))
+    step = dataclasses.replace(denoiser._form(call).step, k=k)
+    memory = RegionMemory(2, 1)
+    EagerRegions()(dataclasses.replace(step, k=None), call, memory, None)
+    memory.held.waited.copy_(torch.arange(32).reshape(2, 16) * 7 % 5)
+    states, function = [memory.held.clone(), memory.held.clone()], region_graphs._function(step)
     torch._dynamo.reset()
-    graph = torch.compile(lambda: prediction(view(stores[1], active, call)), backend="eager", fullgraph=True)
-    assert torch.equal(graph(), eager)
+    ways = (function, torch.compile(function, backend="eager", fullgraph=True))
+    plain, whole = (prediction(run(call.kwargs, s.store.kept, s.focus, s.waited, s.broken)) for run, s in zip(ways, states, strict=True))
+    assert torch.equal(plain, whole) and all(torch.equal(a, b) for a, b in zip(states[0].tensors, states[1].tensors, strict=True))
+    assert (states[0].waited == 0).sum(1).tolist() == [k or 16] * 2
