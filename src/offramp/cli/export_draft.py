@@ -10,7 +10,8 @@ import typer
 from offramp.cli.base import OTHER, app, table
 from offramp.cli.generate import HowFlags, exits_of, open_language_model
 from offramp.cli.options import command, console
-from offramp.engines.text.draft_export import export_draft
+from offramp.core.errors import InvalidInput
+from offramp.engines.text.draft_export import export_draft, in_use
 
 
 @command(app, "export-draft", OTHER)
@@ -30,6 +31,8 @@ def export_the_draft(
 
     Example: `offramp export-draft --model ./llama --heads runs/exits --exit 4 --out ./llama-draft`
     """
+    if in_use(out) and not overwrite:  # said in the words of the shell, and before anything is loaded
+        raise InvalidInput(f"{out} exists and is not empty. Choose another folder, or give --overwrite to replace it.")
     loaded, tokenizer = open_language_model(model, dtype, "cpu")
     lm, exit_index = exits_of(loaded, HowFlags(exit=exit, heads=heads))
     found = export_draft(lm, out, exit_index, tokenizer=tokenizer, overwrite=overwrite)

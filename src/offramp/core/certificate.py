@@ -45,7 +45,8 @@ class Certificate:
         requested: what was asked for, by name (``mean_cost``, ``max_drop``, ``delta`` ...).
         realised: what the calibration items gave, by the same names where they apply.
         guaranteed: whether a statistical guarantee backs the statement; otherwise it is an estimate.
-        delta: probability that the guarantee fails, over the draw of calibration items; ``None`` without guarantee.
+        delta: probability that the guarantee fails, over the draw of calibration items; ``None`` without guarantee, and where it is one in
+            expectation.
         items: calibration items used for the promise.
         fingerprint: of the model and its heads.
         assumptions: what the promise rests on, in words.
@@ -67,8 +68,17 @@ class Certificate:
             asked = f"{self.requested[name]:.4g}" if name in self.requested else "-"
             got = str(self.realised[name]) if name in self.realised else "-"
             lines.append(f"  {name:<22} requested {asked:>9}   realised {got}")
-        lines.append(f"  guarantee  {f'holds with probability >= {1 - self.delta:g}' if self.delta is not None else 'none: an estimate'}")
+        lines.append(f"  guarantee  {self.guarantee}")
         return "\n".join(lines)
+
+    @property
+    def guarantee(self) -> str:
+        """How the promise holds, in words."""
+        if not self.guaranteed:
+            return "none: an estimate"
+        if self.delta is None:
+            return "holds in expectation over calibration items and the item served"
+        return f"holds with probability >= {1 - self.delta:g}"
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -100,7 +110,7 @@ class Plan:
         thresholds: K numbers; a row leaves at the first exit with ``score >= threshold``. ``inf`` switches an exit off; the
             last is ``-inf``.
         shares: K expected shares of items leaving at each exit, summing to 1.
-        mean_cost: expected FLOPs per item over FLOPs of the model without heads.
+        mean_cost: expected FLOPs per item over FLOPs of the model without heads; heads of exits that are switched off do not run.
         certificate: what was promised.
         fingerprint: of the model and its heads.
     """

@@ -117,7 +117,9 @@ def test_text():
     assert "mean cost 0.800" in text and "30.0%" in text and "inf" in text and PROMISE.statement in text
     assert "requested      0.01   realised 0.004 [0.001, 0.009]" in text and "2,500 items" in text
     assert "holds with probability >= 0.9" in text
-    assert "none: an estimate" in str(replace(PROMISE, delta=None, guaranteed=False))
+    assert "guarantee  none: an estimate" in str(replace(PROMISE, delta=None, guaranteed=False))
+    in_expectation = str(replace(PROMISE, delta=None))  # of conformal risk control, whose bound has no probability of failing
+    assert "guarantee  holds in expectation" in in_expectation and "estimate" not in in_expectation
     assert PROMISE.statement not in str(plan(certificate=None))
 
 

@@ -80,7 +80,7 @@ def export_draft(
     if len(lm.specs) != len(lm.exits):
         raise InvalidInput("The heads were given as modules, so what they are is not known; make the model with offramp.attach.")
     target = Path(folder)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())) and not overwrite:
+    if in_use(target) and not overwrite:
         raise InvalidInput(f"{target} exists and is not empty. Choose another folder, or give overwrite=True to replace it.")
     draft = _built(lm, exit_index)
     expected = _exit_logits(lm, exit_index)
@@ -101,6 +101,11 @@ def export_draft(
     if isinstance(lm.specs[exit_index], Trimmed):
         remark = "The exit drafts kept tokens only; the checkpoint has the whole output layer and may draft any."
     return DraftCheckpoint(target, int(draft.config.num_hidden_layers), sum(p.numel() for p in draft.parameters()), difference, remark)
+
+
+def in_use(folder: Path) -> bool:
+    """Whether something stands where a checkpoint is to be written: a file, or a folder that is not empty."""
+    return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
 
 
 def _built(lm: LanguageModel, exit_index: int) -> Any:
@@ -199,4 +204,4 @@ def _umask() -> int:
     return found
 
 
-__all__ = ["DraftCheckpoint", "export_draft"]
+__all__ = ["DraftCheckpoint", "export_draft", "in_use"]
