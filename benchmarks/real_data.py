@@ -31,6 +31,7 @@ import torch
 
 from offramp import systems
 from offramp.cli import reproduce as reproducing
+from offramp.cli.reproduce_common import across_seeds, save
 from offramp.core.bundle import write_json
 from offramp.core.parts import part_key
 from offramp.core.system import Predicate, System
@@ -86,10 +87,10 @@ class Study:
 def study(configs: Path, variant: str) -> Study:
     """Read a variant of the configurations of all classifiers that have it."""
     classifiers = [f for f in sorted(configs.glob("*.toml")) if systems.load_card(f.stem).engine == "classify"]
-    files = [f for f in classifiers if variant in reproducing.variants(f)]
+    files = [f for f in classifiers if variant in reproducing.Settings.variants(f)]
     if not files:
         raise SystemExit(f"No configuration in {configs} has a variant {variant!r}.")
-    settings = {f.stem: reproducing.load_settings(f, variant) for f in files}
+    settings = {f.stem: reproducing.Settings.load(f, variant) for f in files}
     plain = [{k: v for k, v in asdict(s).items() if k != "system"} for s in settings.values()]
     if any(p != plain[0] for p in plain):
         raise SystemExit(
@@ -199,7 +200,7 @@ def collect(s: Study, variant: str, work: Path) -> tuple[list[int], dict[str, li
 
 
 def mean_interval(values: Sequence[float]) -> list[float]:
-    e = reproducing.across_seeds(values)
+    e = across_seeds(values)
     return [e.value, e.low, e.high]
 
 
@@ -317,8 +318,9 @@ def tables(args: argparse.Namespace) -> int:
         machine = json.loads((args.work / variant / "environment.json").read_text())
         results = {}
         for name, system in s.systems.items():
-            results[name] = reproducing.conclude(system, replace(s.settings[name], seeds=tuple(seeds)), variant, measured[name], machine)
-            print(reproducing.save(results[name], args.results))
+            done = replace(s.settings[name], seeds=tuple(seeds))
+            results[name] = reproducing.CLASSIFIERS.conclude(system, done, variant, measured[name], machine)
+            print(save(results[name], args.results))
         table = pareto(variant, s, measured, results)
         write_json(args.results / f"real_{variant}.json", table)
         parts.append(markdown(table))

@@ -18,7 +18,7 @@ from typing import Any
 
 from offramp import systems
 from offramp.cli import reproduce_text as reproducing
-from offramp.cli.reproduce import save
+from offramp.cli.reproduce_common import save
 from offramp.measure.clock import environment
 
 HERE = Path(__file__).resolve().parent
@@ -47,7 +47,7 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=HERE / "results")
     args = parser.parse_args()
     names = args.names or [n for n in systems.list_systems() if systems.load_card(n).engine == "generate"]
-    settings = {n: reproducing.load_settings(HERE / "configs" / f"{n}.toml", args.variant) for n in names}
+    settings = {n: reproducing.TextSettings.load(HERE / "configs" / f"{n}.toml", args.variant) for n in names}
     paths = {n: args.results / f"{n}--{args.variant}--{args.device.partition(':')[0]}.json" for n in names}
     failed = 0
     for seed in args.seeds or max((s.seeds for s in settings.values()), key=len):
@@ -66,7 +66,8 @@ def main() -> int:
                 continue
             seeds = sorted([*before, as_json(measured)], key=lambda s: s["seed"])
             done = replace(settings[name], seeds=tuple(s["seed"] for s in seeds))
-            result = reproducing.conclude(name, done, args.variant, seeds, environment(args.device))
+            system = systems.build(name, **done.system)
+            result = reproducing.TEXTS.conclude(system, done, args.variant, seeds, environment(args.device))
             print(f"{save(result, args.results)}: {result['verdict']}", flush=True)
     return failed
 

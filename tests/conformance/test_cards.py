@@ -12,7 +12,10 @@ from pathlib import Path
 import pytest
 
 from offramp import systems
-from offramp.cli import reproduce, reproduce_images, reproduce_text, reproduce_unmask
+from offramp.cli.reproduce import Settings
+from offramp.cli.reproduce_images import ImageSettings
+from offramp.cli.reproduce_text import TextSettings
+from offramp.cli.reproduce_unmask import UnmaskSettings
 from offramp.core.parts import part_to_dict
 from offramp.core.system import Card, System
 from offramp.network import attach
@@ -126,10 +129,10 @@ def test_named_delta_is_the_computed_one(name: str) -> None:
 @pytest.mark.parametrize("name", CLASSIFY)
 def test_reproduction(name: str) -> None:
     path = CONFIGS / f"{name}.toml"
-    assert {"digits"} < set(reproduce.variants(path))
+    assert {"digits"} < set(Settings.variants(path))
     predicate = systems.load_card(name).predicate
-    for variant in reproduce.variants(path):
-        settings = reproduce.load_settings(path, variant)
+    for variant in Settings.variants(path):
+        settings = Settings.load(path, variant)
         assert systems.build(name, **settings.system).card.name == name
         assert settings.smaller and len(settings.seeds) >= 3 and len(settings.budgets) >= 5
         assert predicate is not None and (predicate.budget is None or 0 < predicate.budget <= 1)
@@ -138,9 +141,9 @@ def test_reproduction(name: str) -> None:
 @pytest.mark.parametrize("name", GENERATE)
 def test_reproduction_of_text(name: str) -> None:
     path = CONFIGS / f"{name}.toml"
-    assert set(reproduce_text.variants(path)) == {"tiny", "books"}
-    for variant in reproduce_text.variants(path):
-        settings = reproduce_text.load_settings(path, variant)
+    assert set(TextSettings.variants(path)) == {"tiny", "books"}
+    for variant in TextSettings.variants(path):
+        settings = TextSettings.load(path, variant)
         built = systems.build(name, **settings.system)
         assert settings.smaller and len(settings.seeds) >= 3
         if built.card.lossless:
@@ -152,9 +155,9 @@ def test_reproduction_of_text(name: str) -> None:
 @pytest.mark.parametrize("name", UNMASK)
 def test_reproduction_of_masks_filled_in(name: str) -> None:
     path = CONFIGS / f"{name}.toml"
-    assert set(reproduce_unmask.variants(path)) == {"tiny", "books"}
-    for variant in reproduce_unmask.variants(path):
-        settings = reproduce_unmask.load_settings(path, variant)
+    assert set(UnmaskSettings.variants(path)) == {"tiny", "books"}
+    for variant in UnmaskSettings.variants(path):
+        settings = UnmaskSettings.load(path, variant)
         assert len(settings.seeds) >= 3 and len(settings.intervals) >= 5, "the control"
         for key, values in settings.sweep.items():
             assert all(systems.build(name, **{**settings.system, key: value}).card.name == name for value in values)
@@ -163,9 +166,9 @@ def test_reproduction_of_masks_filled_in(name: str) -> None:
 @pytest.mark.parametrize("name", DENOISE)
 def test_reproduction_of_images(name: str) -> None:
     path = CONFIGS / f"{name}.toml"
-    assert set(reproduce_images.variants(path)) == {"tiny", "cifar"}
-    for variant in reproduce_images.variants(path):
-        settings = reproduce_images.load_settings(path, variant)
+    assert set(ImageSettings.variants(path)) == {"tiny", "cifar"}
+    for variant in ImageSettings.variants(path):
+        settings = ImageSettings.load(path, variant)
         assert len(settings.seeds) >= 3 and settings.budgets == (0.75, 0.6, 0.5)
         predicate = systems.load_card(name).predicate
         assert predicate is not None and (predicate.budget is None or predicate.budget in settings.budgets)

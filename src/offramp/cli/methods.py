@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,15 +10,18 @@ import torch
 import typer
 
 from offramp import systems
-from offramp.cli import reproduce as reproducing
-from offramp.cli import reproduce_images, reproduce_text, reproduce_unmask
-from offramp.cli.base import (
-    METHODS,
-    app,
-    table,
-)
-from offramp.cli.options import command, console, errors
+from offramp.cli.base import METHODS, app, table
+from offramp.cli.options import command, console
+from offramp.cli.progress import stages
+from offramp.cli.reproduce import CLASSIFIERS
+from offramp.cli.reproduce_common import Reproduction, save
+from offramp.cli.reproduce_images import DENOISERS
+from offramp.cli.reproduce_text import TEXTS
+from offramp.cli.reproduce_unmask import MASKS
 from offramp.core.errors import InvalidInput
+
+REPRODUCTIONS: dict[str, Reproduction] = {kind.engine: kind for kind in (CLASSIFIERS, TEXTS, MASKS, DENOISERS)}
+"""How methods are reproduced, by their engine."""
 
 
 @command(app, "systems", METHODS)
@@ -115,51 +118,18 @@ def reproduce(
     """
     card = systems.load_card(name)
     folder = _configs(configs)
+    kind = REPRODUCTIONS.get(card.engine)
+    if kind is None:
+        raise InvalidInput(f"Methods of the {card.engine} engine cannot be reproduced; those of {', '.join(REPRODUCTIONS)} can.")
+    variant = variant or kind.default
+    settings = kind.settings.load(folder / f"{card.name}.toml", variant)
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    file = folder / f"{card.name}.toml"
-    with errors.status(card.name) as status:
-        common: dict[str, Any] = {"data": data, "device": where, "say": status.update}
-        if card.engine == "generate":
-            variant = variant or "tiny"
-            texts = reproduce_text.load_settings(file, variant)
-            result = reproduce_text.reproduce(card.name, texts, variant=variant, **common)
-        elif card.engine == "unmask":
-            variant = variant or "tiny"
-            masks = reproduce_unmask.load_settings(file, variant)
-            result = reproduce_unmask.reproduce(card.name, masks, variant=variant, **common)
-        elif card.engine == "denoise":
-            variant = variant or "tiny"
-            images = reproduce_images.load_settings(file, variant)
-            result = reproduce_images.reproduce(card.name, images, variant=variant, **common)
-        else:
-            variant = variant or "digits"
-            settings = reproducing.load_settings(file, variant)
-            result = reproducing.reproduce(card.name, settings, variant=variant, **common)
-    rows = {"generate": reproduce_text.table_rows, "unmask": reproduce_unmask.table_rows, "denoise": reproduce_images.table_rows}
-    if card.engine in rows:
-        table(_title(result, "mean"), *rows[card.engine](result))
-        _show_verdict(result)
-    else:
-        _show_result(result)
-    path = reproducing.save(result, results or folder.parent / "results")
-    console.print(f"Saved {path}.")
-
-
-def _show_result(result: Mapping[str, Any]) -> None:
-    def cell(value: Sequence[float] | None) -> str:
-        return "-" if value is None else f"{100 * value[0]:.2f} ± {100 * (value[0] - value[1]):.2f}"
-
-    rows: list[tuple[str, ...]] = [("full", "1.000", cell(result["summary"]["full_accuracy"]), "", "", "")]
-    for row in result["summary"]["budgets"]:
-        cost = f"{row['cost'][0]:.3f}" if "cost" in row else "infeasible"
-        rows.append((f"{row['budget']:g}", cost, *(cell(row.get(k)) for k in ("accuracy", "fixed", "random", "static"))))
-    title = _title(result, "accuracy in %, mean ± half of the 95 % interval")
-    table(title, ("budget", "cost", "this method", "fixed exit or mix", "random exit", "smaller model"), rows)
+    with stages(card.name) as say:
+        result = kind.run(card.name, settings, variant=variant, data=data, device=where, say=say)
+    table(f"{card.name}, {variant}: {kind.averages} over {len(result['seeds'])} seeds", *kind.table(result))
     _show_verdict(result)
-
-
-def _title(result: Mapping[str, Any], what: str) -> str:
-    return f"{result['system']}, {result['variant']}: {what} over {len(result['seeds'])} seeds"
+    path = save(result, results or folder.parent / "results")
+    console.print(f"Saved {path}.")
 
 
 def _show_verdict(result: Mapping[str, Any]) -> None:

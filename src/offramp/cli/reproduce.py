@@ -4,18 +4,16 @@ The baselines are always the same: the full model trained alone; one fixed exit,
 with the method's own shares; and a smaller static model trained alone, or the best mix of two, at equal cost. Nothing is tuned after the
 fact: the verdict is the card's predicate on the measured numbers.
 
-Trainings (`train_static`, `train_exits`) and what is computed from them (`measure_seed`, `conclude`) are apart, so that trainings may run
-side by side and those that several methods have in common run once.
+Trainings (`train_static`, `train_exits`) and what is computed from them (`measure_seed`) are apart, so that trainings may run side by side
+and those that several methods have in common run once.
 """
 
 from __future__ import annotations
 
 import math
 import random
-import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,29 +22,26 @@ from torch import Tensor, nn
 from offramp import systems
 from offramp.budget import MeanCost, calibrate
 from offramp.cli import data as reading
-from offramp.cli.config import read_toml, unknown_key
+from offramp.cli.config import unknown_key
 from offramp.cli.nets import NETS
-from offramp.core.bundle import write_json
-from offramp.core.certificate import Estimate
+from offramp.cli.progress import Say
+from offramp.cli.reproduce_common import Reproduction, VariantSettings, averaged
 from offramp.core.errors import BudgetInfeasible, InvalidInput
 from offramp.core.flops import count_flops
 from offramp.core.protocols import Rule
-from offramp.core.system import Predicate, System
+from offramp.core.system import System
 from offramp.core.trace import Trace
 from offramp.engines.classify.record import record
-from offramp.measure.clock import environment
 from offramp.measure.pareto import Curve, Point, curve, fixed_exit_curve, interpolate, plan_point, random_exit, upper_hull
 from offramp.measure.quality import exit_accuracy, outcome
 from offramp.network import MultiExit, as_example, attach
 from offramp.train.loop import fit
 from offramp.train.recipe import FinalOnly, Joint
 
-Say = Callable[[str], None]
-
 
 @dataclass(frozen=True)
-class Settings:
-    """One variant of a reproduction: a table ``[variant]`` of its TOML file.
+class Settings(VariantSettings):
+    """One variant of a reproduction of a classifier.
 
     Attributes:
         data: ``digits`` (of scikit-learn), ``images`` or ``text``.
@@ -72,9 +67,7 @@ class Settings:
         std: divided by.
         vocabulary: words of the tokenizer that is made from the training texts.
         length: longest text, in tokens.
-        seeds: one whole repetition each.
         budgets: mean costs to calibrate for, as shares of the full model's FLOPs.
-        system: arguments of the system's builder.
     """
 
     data: str
@@ -99,43 +92,18 @@ class Settings:
     std: tuple[float, ...] | None = None
     vocabulary: int = 8000
     length: int = 64
-    seeds: tuple[int, ...] = (0, 1, 2)
     budgets: tuple[float, ...] = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-    system: Mapping[str, Any] = field(default_factory=dict)
 
-
-def variants(path: Path) -> list[str]:
-    """Names of the variants in a configuration."""
-    return [name for name, table in read_toml(path).items() if isinstance(table, Mapping) and name != "system"]
-
-
-def load_settings(path: Path, variant: str) -> Settings:
-    """Read one variant; keys outside tables are shared by all variants.
-
-    Raises:
-        InvalidInput: the file or the variant is missing, a key is unknown or a required one is absent.
-    """
-    config = read_toml(path)
-    if variant not in variants(path):
-        raise InvalidInput(f"{path} has no variant {variant!r}; it has: {', '.join(variants(path))}.")
-    merged: dict[str, Any] = {k: v for k, v in config.items() if not isinstance(v, Mapping) or k == "system"} | dict(config[variant])
-    for key in merged:
-        if key not in Settings.__dataclass_fields__:
-            raise unknown_key(key, list(Settings.__dataclass_fields__), f"{path}, variant {variant}")
-    for key in ("data", "net", "depth", "epochs"):
-        if key not in merged:
-            raise InvalidInput(f"{path}, variant {variant}: the key {key!r} is missing.")
-    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in merged.items()}
-    settings = Settings(**values)
-    if settings.net not in NETS:
-        raise unknown_key(settings.net, list(NETS), f"{path}, variant {variant}: net")
-    if settings.data not in ("digits", "images", "text"):
-        raise unknown_key(settings.data, ["digits", "images", "text"], f"{path}, variant {variant}: data")
-    if any(not isinstance(s, Mapping) or not s for s in settings.smaller):
-        raise InvalidInput(f"{path}, variant {variant}: smaller must list tables such as {{ depth = 2 }}, got {list(settings.smaller)}.")
-    if not settings.seeds or not settings.budgets:
-        raise InvalidInput(f"{path}, variant {variant}: seeds and budgets must not be empty.")
-    return settings
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.net not in NETS:
+            raise unknown_key(self.net, list(NETS), "net")
+        if self.data not in ("digits", "images", "text"):
+            raise unknown_key(self.data, ["digits", "images", "text"], "data")
+        if any(not isinstance(s, Mapping) or not s for s in self.smaller):
+            raise InvalidInput(f"smaller must list tables such as {{ depth = 2 }}, got {list(self.smaller)}.")
+        if not self.budgets:
+            raise InvalidInput("budgets must not be empty.")
 
 
 class Items:
@@ -508,7 +476,7 @@ def _budgets(
         row: dict[str, Any] = {
             "budget": budget,
             "cost": point.cost,
-            "cost_se": float((trace.cost / trace.base_cost)[result.exits].std() / trace.items**0.5),
+            "cost_se": float(result.cost.std() / trace.items**0.5),
             "accuracy_se": (point.quality * (1 - point.quality) / trace.items) ** 0.5,
             "calibration_cost": plan.mean_cost,
             "accuracy": point.quality,
@@ -531,124 +499,51 @@ def _at(reference: Curve, cost: float) -> float | None:
     return interpolate(reference, cost) if cost >= reference.points[0].cost else None
 
 
-def measured(predicate: Predicate, rows: Sequence[Mapping[str, Any]]) -> float | None:
-    """The number that a predicate compares, from the budgets of one seed that count; ``None`` if none of them gives it."""
-    chosen = [r for r in rows if not r.get("infeasible") and predicate.counts(r["budget"])]
-    values = [float(r[predicate.metric]) for r in chosen if r.get(predicate.metric) is not None]
-    return predicate.combined(values)
-
-
-_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-
-
-def across_seeds(values: Sequence[float]) -> Estimate:
-    """Mean with a 95 % t interval over seeds; of a single value that value, at level 0."""
-    mean = statistics.fmean(values)
-    if len(values) < 2:
-        return Estimate(mean, mean, mean, 0.0)
-    t = _T95[len(values) - 2] if len(values) - 2 < len(_T95) else 1.96 + 2.4 / (len(values) - 1)
-    half = t * statistics.stdev(values) / math.sqrt(len(values))
-    return Estimate(mean, mean - half, mean + half)
-
-
-def reproduce(
-    name: str, settings: Settings, *, variant: str, data: str | None = None, device: str = "cpu", say: Say = lambda text: None
-) -> dict[str, Any]:
-    """Run a reproduction.
-
-    Args:
-        name: of the system.
-        settings: of the variant.
-        variant: its name, for the record.
-        data: path of the data, if the variant needs one.
-        device: to train on.
-        say: told what is being done.
-
-    Returns:
-        JSON data: claim, verdict, one row per budget averaged over seeds, and the raw numbers of every seed.
-    """
+def repeat(name: str, settings: Settings, pool: Pool, seed: int, device: str, say: Say) -> dict[str, Any]:
+    """Train everything of one repetition, and `measure_seed`."""
     system = systems.build(name, **settings.system)
-    if system.card.predicate is None:
-        raise InvalidInput(f"The card of {name} has no predicate to measure.")
-    pool = load_pool(settings, data).to(device)
-    seeds = []
-    for seed in settings.seeds:
-        say(f"seed {seed}: full model")
-        full, model = train_static(settings, pool, {}, seed, device)
-        statics = [full]
-        for change in settings.smaller:
-            say(f"seed {seed}: static model, {change}")
-            statics.append(train_static(settings, pool, change, seed, device)[0])
-        say(f"seed {seed}: {system.card.name}")
-        recorded = train_exits(settings, pool, system, seed, device, full=model)
-        seeds.append(measure_seed(system, settings.budgets, seed, statics, recorded))
-    return conclude(system, settings, variant, seeds, environment(device))
+    say(f"seed {seed}: full model")
+    full, model = train_static(settings, pool, {}, seed, device)
+    statics = [full]
+    for change in settings.smaller:
+        say(f"seed {seed}: static model, {change}")
+        statics.append(train_static(settings, pool, change, seed, device)[0])
+    say(f"seed {seed}: {name}")
+    recorded = train_exits(settings, pool, system, seed, device, full=model)
+    return measure_seed(system, settings.budgets, seed, statics, recorded)
 
 
-def conclude(
-    system: System, settings: Settings, variant: str, seeds: Sequence[Mapping[str, Any]], machine: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Claim, verdict and summary of the repetitions: the result as JSON data.
-
-    Args:
-        system: the method; its card has a predicate.
-        settings: of the variant.
-        variant: its name.
-        seeds: from `measure_seed`.
-        machine: `offramp.measure.clock.environment` of the machine that trained.
-    """
-    predicate = system.card.predicate
-    if predicate is None:
-        raise InvalidInput(f"The card of {system.card.name} has no predicate to measure.")
-    values = [v for s in seeds if (v := measured(predicate, s["budgets"])) is not None]
-    estimate = across_seeds(values) if values else None
-    return {
-        "schema": "offramp.reproduce/1",
-        "system": system.card.name,
-        "variant": variant,
-        "claim": system.card.claim,
-        "predicate": asdict(predicate),
-        "measured": None
-        if estimate is None
-        else {"value": estimate.value, "low": estimate.low, "high": estimate.high, "level": estimate.level, "values": values},
-        "verdict": verdict(predicate, estimate),
-        "summary": summarise(seeds),
-        "environment": dict(machine),
-        "settings": asdict(settings),
-        "composition": {axis: systems.describe(getattr(system, axis)) for axis in systems.AXES if getattr(system, axis) is not None},
-        "seeds": list(seeds),
-    }
-
-
-def verdict(predicate: Predicate, estimate: Estimate | None) -> str:
-    """``holds`` or ``does not hold`` by the mean over seeds; ``(not clear)`` where the interval reaches over the limit."""
-    if estimate is None:
-        return "not measured: no budget was feasible"
-    word = "holds" if predicate.holds(estimate.value) else "does not hold"
-    clear = estimate.level > 0 and predicate.holds(estimate.low) == predicate.holds(estimate.high)
-    return word if clear else f"{word} (not clear: {'the interval reaches over the limit' if estimate.level > 0 else 'one seed'})"
-
-
-def summarise(seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def summarise(settings: Settings, seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Means over seeds: the full model, and per budget ours and the baselines with an interval on each."""
-    budgets = [r["budget"] for r in seeds[0]["budgets"]]
-    rows = []
-    for index, budget in enumerate(budgets):
+    rows: list[dict[str, Any]] = []
+    for index, budget in enumerate(r["budget"] for r in seeds[0]["budgets"]):
         feasible = [s["budgets"][index] for s in seeds if not s["budgets"][index].get("infeasible")]
-        row: dict[str, Any] = {"budget": budget, "seeds": len(feasible)}
-        for key in ("cost", "accuracy", "fixed", "random", "static"):
-            values = [r[key] for r in feasible if r[key] is not None]
-            if values:
-                e = across_seeds(values)
-                row[key] = [e.value, e.low, e.high]
-        rows.append(row)
-    full = across_seeds([s["full"]["accuracy"] for s in seeds])
-    return {"full_accuracy": [full.value, full.low, full.high], "budgets": rows}
+        shown = averaged(feasible, ("cost", "accuracy", "fixed", "random", "static"))
+        rows.append({"budget": budget, "seeds": len(feasible), **shown})
+    return {"full_accuracy": averaged([s["full"] for s in seeds], ["accuracy"])["accuracy"], "budgets": rows}
 
 
-def save(result: Mapping[str, Any], folder: Path) -> Path:
-    """Write a result as ``<system>--<variant>--<device>.json``, atomically. Returns its path."""
-    device = str(result["environment"].get("device", "cpu")).partition(":")[0]
-    path = folder / f"{result['system']}--{result['variant']}--{device}.json"
-    write_json(path, result)
-    return path
+def table_rows(result: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """The summary as a table: columns, then the full model and what every budget gave."""
+
+    def cell(value: Sequence[float] | None) -> str:
+        return "-" if value is None else f"{100 * value[0]:.2f} ± {100 * (value[0] - value[1]):.2f}"
+
+    rows: list[tuple[str, ...]] = [("full", "1.000", cell(result["summary"]["full_accuracy"]), "", "", "")]
+    for row in result["summary"]["budgets"]:
+        cost = f"{row['cost'][0]:.3f}" if "cost" in row else "infeasible"
+        rows.append((f"{row['budget']:g}", cost, *(cell(row.get(k)) for k in ("accuracy", "fixed", "random", "static"))))
+    return ("budget", "cost", "this method", "fixed exit or mix", "random exit", "smaller model"), rows
+
+
+CLASSIFIERS = Reproduction(
+    "classify",
+    Settings,
+    "digits",
+    read=lambda settings, data, device, say: load_pool(settings, data).to(device),
+    repeat=repeat,
+    summarise=summarise,
+    table=table_rows,
+    averages="accuracy in %, mean ± half of the 95 % interval",
+)
+"""Methods that leave a feed-forward network early."""

@@ -13,10 +13,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,9 +24,9 @@ from torch import Tensor, nn
 from offramp import systems
 from offramp.budget import MeanCost, threshold_for_cost
 from offramp.cli import data as reading
-from offramp.cli.config import read_toml, unknown_key
 from offramp.cli.image_nets import EulerFlow, Features, SmallDiT
-from offramp.cli.reproduce import across_seeds, measured, verdict
+from offramp.cli.progress import Say
+from offramp.cli.reproduce_common import Reproduction, VariantSettings, averaged
 from offramp.core.errors import BudgetInfeasible, InvalidInput, NoEffectWarning
 from offramp.core.noise import FlowMatching
 from offramp.core.system import System
@@ -35,7 +34,6 @@ from offramp.diffusion import DenoisingNet
 from offramp.engines.diffusion.denoise import Denoiser
 from offramp.engines.diffusion.model import DiffusionModel, attach_diffusion
 from offramp.engines.diffusion.pipeline import sample
-from offramp.measure.clock import environment
 from offramp.measure.image_quality import FeatureStatistics, explained_by_step, fid, relative_l2
 from offramp.measure.pareto import Point, curve, interpolate, upper_hull
 from offramp.policies.skips import ConstantDepth, DepthSchedule, LayerGroups
@@ -45,15 +43,13 @@ from offramp.train.noising import Noising, RectifiedFlow
 from offramp.train.recipe import FinalOnly, Joint
 from offramp.verbs import calibrate
 
-Say = Callable[[str], None]
-
 CONTROLS = {"steps": "few-steps", "schedule": "static-schedule", "random": "random-skip", "shallow": "shallow"}
 """What stands beside every system: a metric ``gain_over_X`` for each."""
 
 
 @dataclass(frozen=True)
-class ImageSettings:
-    """One variant of a reproduction: a table ``[variant]`` of its TOML file.
+class ImageSettings(VariantSettings):
+    """One variant of a reproduction of a diffusion system.
 
     Attributes:
         data: ``digits`` (of scikit-learn), or ``{data}`` for the path given on the command line, with a split ``train``.
@@ -75,8 +71,6 @@ class ImageSettings:
         budgets: costs, as shares of the full model's with all steps.
         below: further costs at which controls are measured, so that they can be compared at any cost in between.
         mixed_precision: of training on CUDA.
-        seeds: one whole repetition each.
-        system: arguments of the system's builder.
     """
 
     data: str
@@ -98,42 +92,14 @@ class ImageSettings:
     budgets: tuple[float, ...] = (0.75, 0.6, 0.5)
     below: tuple[float, ...] = (0.4,)
     mixed_precision: str = "no"
-    seeds: tuple[int, ...] = (0, 1, 2)
-    system: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         counts = (self.steps, self.tune_steps, self.samples, self.sample_batch, self.feature_steps, self.batch_size)
         if min(counts) < 1 or self.sampler_steps < 2 or self.calibration < 2:
             raise InvalidInput("Numbers of steps, samples and rows must be at least 1, sampler_steps and calibration 2.")
-        if not self.seeds or not self.budgets or not all(0 < b < 1 for b in (*self.budgets, *self.below)):
-            raise InvalidInput("seeds and budgets must not be empty, and costs lie inside (0, 1).")
-
-
-def variants(path: Path) -> list[str]:
-    """Names of the variants in a configuration."""
-    return [name for name, table in read_toml(path).items() if isinstance(table, Mapping) and name != "system"]
-
-
-def load_settings(path: Path, variant: str) -> ImageSettings:
-    """Read one variant; keys outside tables are shared by all variants, and so is the table ``system``.
-
-    Raises:
-        InvalidInput: the file or the variant is missing, a key is unknown or a required one is absent.
-    """
-    config = read_toml(path)
-    if variant not in variants(path):
-        raise InvalidInput(f"{path} has no variant {variant!r}; it has: {', '.join(variants(path))}.")
-    shared = {k: v for k, v in config.items() if not isinstance(v, Mapping)}
-    merged = shared | dict(config[variant]) | {"system": dict(config.get("system", {})) | dict(config[variant].get("system", {}))}
-    known = {f.name: f for f in dataclasses.fields(ImageSettings)}
-    for key in merged:
-        if key not in known:
-            raise unknown_key(key, list(known), f"{path}, variant {variant}")
-    for name, f in known.items():
-        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING and name not in merged:
-            raise InvalidInput(f"{path}, variant {variant}: the key {name!r} is missing.")
-    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in merged.items()}
-    return ImageSettings(**values)
+        if not self.budgets or not all(0 < b < 1 for b in (*self.budgets, *self.below)):
+            raise InvalidInput("budgets must not be empty, and costs lie inside (0, 1).")
 
 
 # ---- images and models ---------------------------------------------------------------------------------------------------
@@ -435,70 +401,22 @@ def _gain(row: Mapping[str, Any], control: Sequence[Mapping[str, Any]], full: fl
     return (-interpolate(reference, row["cost"]) - row["fid"]) / full
 
 
-def reproduce(
-    name: str, settings: ImageSettings, *, variant: str, data: str | None = None, device: str = "cpu", say: Say = lambda text: None
-) -> dict[str, Any]:
-    """Run a reproduction.
-
-    Args:
-        name: of the system.
-        settings: of the variant.
-        variant: its name, for the record.
-        data: path of the images.
-        device: to train and sample on.
-        say: told what is being done.
-
-    Returns:
-        JSON data: claim, verdict, one row per cost averaged over seeds, and the raw numbers of every seed.
-
-    Raises:
-        InvalidInput: the system is not of denoisers, or has no claim.
-    """
-    system = systems.build(name, **settings.system)
-    card, predicate = system.card, system.card.predicate
-    if predicate is None or card.engine != "denoise":
-        raise InvalidInput(f"{name} is a method of the {card.engine} engine, or has no claim to measure.")
-    pictures = read_pictures(settings, data, device)
-    seeds = [measure_seed(name, settings, pictures, seed, device, say) for seed in settings.seeds]
-    values = [v for s in seeds if (v := measured(predicate, s["budgets"])) is not None]
-    estimate = across_seeds(values) if values else None
-    got = None if estimate is None else {"value": estimate.value, "low": estimate.low, "high": estimate.high, "level": estimate.level}
-    return {
-        "schema": "offramp.reproduce/1",
-        "system": card.name,
-        "variant": variant,
-        "claim": card.claim,
-        "predicate": asdict(predicate),
-        "measured": None if got is None else {**got, "values": values},
-        "verdict": verdict(predicate, estimate),
-        "summary": {
-            "full": _mean([s["full"] for s in seeds]),
-            "rows": [_mean([s["budgets"][k] for s in seeds]) for k in range(len(settings.budgets))],
-            "controls": {
-                k: [_mean([s["controls"][k][i] for s in seeds]) for i in range(len(settings.budgets) + len(settings.below))]
-                for k in CONTROLS
-            },
-        },
-        "environment": environment(device),
-        "settings": asdict(settings),
-        "composition": {axis: systems.describe(getattr(system, axis)) for axis in systems.AXES if getattr(system, axis) is not None},
-        "seeds": seeds,
-    }
-
-
 SHOWN = ("cost", "fid", "fid_ratio", "drift", "explained", *(f"gain_over_{k}" for k in CONTROLS))
 """The numbers of a row that are averaged over seeds, in the order they are shown."""
 
 
-def _mean(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """A row averaged over seeds, each number with its interval."""
-    out: dict[str, Any] = {"budget": rows[0].get("budget")}
-    for key in SHOWN:
-        values = [float(r[key]) for r in rows if r.get(key) is not None]
-        if values:
-            e = across_seeds(values)
-            out[key] = [e.value, e.low, e.high]
-    return out
+def summarise(settings: ImageSettings, seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Means over seeds: the full model, and the system and every control at every cost."""
+
+    def mean(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        return {"budget": rows[0].get("budget"), **averaged(rows, SHOWN)}
+
+    costs = len(settings.budgets) + len(settings.below)
+    return {
+        "full": mean([s["full"] for s in seeds]),
+        "rows": [mean([s["budgets"][k] for s in seeds]) for k in range(len(settings.budgets))],
+        "controls": {name: [mean([s["controls"][name][k] for s in seeds]) for k in range(costs)] for name in CONTROLS},
+    }
 
 
 COLUMNS = {"cost": "cost", "fid": "FID", "fid_ratio": "over full", "drift": "drift", "explained": "R2 of depth on step"}
@@ -517,5 +435,15 @@ def table_rows(result: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[s
     return ("", "asked", *COLUMNS.values()), rows
 
 
-__all__ = ["Bench", "ImageSettings", "Pictures", "load_settings", "measure_seed", "measured", "read_pictures", "reproduce", "table_rows",
-           "variants"]  # fmt: skip
+DENOISERS = Reproduction(
+    "denoise",
+    ImageSettings,
+    "tiny",
+    read=lambda settings, data, device, say: read_pictures(settings, data, device),
+    repeat=measure_seed,
+    summarise=summarise,
+    table=table_rows,
+)
+"""Methods that skip a part of a denoiser."""
+
+__all__ = ["CONTROLS", "DENOISERS", "Bench", "ImageSettings", "Pictures", "measure_seed", "read_pictures", "table_rows"]

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,14 +24,14 @@ from offramp.budget.agreement import certify_table
 from offramp.budget.depth_schedule import LinearDepth
 from offramp.budget.risk_control import Procedure
 from offramp.budget.targets import Risk
-from offramp.cli.reproduce import across_seeds, verdict
+from offramp.cli.progress import Say
+from offramp.cli.reproduce_common import Reproduction, claim_of, in_words, rows_by_name, to_try
 from offramp.cli.text_runs import Meter, Written, agreeing, by_position, perplexities, plain, write
-from offramp.cli.text_training import Bases, Corpus, Say, TextSettings, bare, load_corpus, load_settings, train, variants, windows
-from offramp.core.errors import InvalidInput
-from offramp.core.system import Predicate, System
+from offramp.cli.text_training import Bases, Corpus, TextSettings, bare, load_corpus, train, windows
+from offramp.core.system import System
 from offramp.engines.text.generate import generate
 from offramp.language import LanguageModel, attach_lm
-from offramp.measure.clock import compare, environment
+from offramp.measure.clock import compare
 from offramp.measure.pareto import Point, curve, interpolate, upper_hull
 from offramp.policies.decoding import Accept, Adapting, Copy, Plain, Scheduled, Verify, Way
 from offramp.policies.draft_stop import FixedLength
@@ -95,7 +95,7 @@ def measure_seed(name: str, settings: TextSettings, corpus: Corpus, seed: int, t
     else:
         fixed = _fixed_depths(settings, trained)
     tables: dict[str, Any] = {}
-    for change in _settings_to_try(settings):
+    for change in to_try(settings.sweep):
         say(f"seed {seed}: {name} {change or ''}")
         rows.append(_row(name, settings, corpus, seed, trained, change, fixed, smaller, reached[-1] / full, tables))
     return {
@@ -125,12 +125,6 @@ def _submodel(lm: LanguageModel, exit_index: int, ratio: float) -> dict[str, Any
         "cost": (sum(meter.blocks[:after]) + meter.heads[exit_index]) / meter.plain,
         "perplexity_ratio": ratio,
     }
-
-
-def _settings_to_try(settings: TextSettings) -> list[dict[str, float]]:
-    if not settings.sweep:
-        return [{}]
-    return [{name: value} for name, values in settings.sweep.items() for value in values]
 
 
 def _smaller(settings: TextSettings, trained: Trained, blocks: int, model: nn.Module, held: Tensor, full: float) -> dict[str, Any]:
@@ -192,7 +186,7 @@ def _row(
     """One setting of the system, run and timed."""
     lm, prompts, new = trained.lm, trained.prompts, settings.new_tokens
     system = systems.build(name, **{**settings.system, **change})
-    row: dict[str, Any] = {"setting": ", ".join(f"{k} {v:g}" for k, v in change.items()) or "default"}
+    row: dict[str, Any] = {"setting": in_words(change)}
     threshold = calibrated(settings, corpus, seed, system, lm, tables)
     if threshold is not None:
         row["threshold"] = [str(t) for t in threshold] if isinstance(threshold, tuple) else str(threshold)
@@ -326,84 +320,12 @@ def _adapted(settings: TextSettings, corpus: Corpus, seed: int, lm: LanguageMode
 # ---- the result ----------------------------------------------------------------------------------------------------------
 
 
-def measured(predicate: Predicate, rows: Sequence[Mapping[str, Any]], lossless: bool) -> float | None:
-    """The number that a predicate compares, from the settings of one seed that count; ``None`` if none of them gives it."""
-    anywhere = lossless and predicate.budget is None
-    values = [float(r[predicate.metric]) for r in rows if r.get(predicate.metric) is not None and (anywhere or _counts_at(predicate, r))]
-    return predicate.combined(values)
-
-
-def _counts_at(predicate: Predicate, row: Mapping[str, Any]) -> bool:
-    """Whether a row is part of the test; a cost that is named is met by whole blocks and so only nearly."""
-    return predicate.counts(row["budget"]) if predicate.budget is None else abs(row["budget"] - predicate.budget) <= 0.05
-
-
-def reproduce(
-    name: str,
-    settings: TextSettings,
-    *,
-    variant: str,
-    data: str | None = None,
-    device: str = "cpu",
-    say: Say = lambda text: None,
-    bases: Bases | None = None,
-) -> dict[str, Any]:
-    """Run a reproduction.
-
-    Args:
-        name: of the system.
-        settings: of the variant.
-        variant: its name, for the record.
-        data: path of the text.
-        device: to train and measure on.
-        say: told what is being done.
-        bases: models trained before, to be used again when several systems are measured; new ones are added.
-
-    Returns:
-        JSON data: claim, verdict, one row per setting averaged over seeds, and the raw numbers of every seed.
-    """
-    card = systems.load_card(name)
-    if card.predicate is None:
-        raise InvalidInput(f"The card of {name} has no predicate to measure.")
-    if card.engine != "generate":
-        raise InvalidInput(f"{name} is a method of the {card.engine} engine, not of models that write text.")
-    corpus = load_corpus(settings, data)
-    bases = bases if bases is not None else Bases(say)
-    seeds = []
-    for seed in settings.seeds:
-        trained = prepare(name, settings, corpus, seed, device, bases)
-        seeds.append(measure_seed(name, settings, corpus, seed, trained, say))
-    return conclude(name, settings, variant, seeds, environment(device))
-
-
-def conclude(
-    name: str, settings: TextSettings, variant: str, seeds: Sequence[Mapping[str, Any]], machine: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Claim, verdict and summary of the repetitions: the result as JSON data."""
-    system = systems.build(name, **settings.system)
-    card, predicate = system.card, system.card.predicate
-    if predicate is None:
-        raise InvalidInput(f"The card of {name} has no predicate to measure.")
-    values = [v for s in seeds if (v := measured(predicate, s["budgets"], card.lossless)) is not None]
-    estimate = across_seeds(values) if values else None
-    got = None if estimate is None else {"value": estimate.value, "low": estimate.low, "high": estimate.high, "level": estimate.level}
-    return {
-        "schema": "offramp.reproduce/1",
-        "system": card.name,
-        "variant": variant,
-        "claim": card.claim,
-        "predicate": asdict(predicate),
-        "measured": None if got is None else {**got, "values": values},
-        "verdict": verdict(predicate, estimate) if estimate is not None else "not measured: no setting cost less than the full model",
-        "summary": {
-            part: list(summary_rows(seeds, given, label, SHOWN))
-            for part, given, label in (("rows", "budgets", "setting"), ("fixed", "fixed", "name"), ("static", "static", "name"))
-        },
-        "environment": dict(machine),
-        "settings": asdict(settings),
-        "composition": {axis: systems.describe(getattr(system, axis)) for axis in systems.AXES if getattr(system, axis) is not None},
-        "seeds": list(seeds),
-    }  # fmt: skip
+def counts(system: System, cost: float) -> bool:
+    """Whether what was measured at a cost is part of the test: of a lossless system at any, and a cost that is named is met but nearly."""
+    predicate = claim_of(system)
+    if predicate.budget is None:
+        return system.card.lossless or predicate.counts(cost)
+    return abs(cost - predicate.budget) <= 0.05  # whole blocks
 
 
 SHOWN = (
@@ -413,17 +335,10 @@ SHOWN = (
 """The numbers of a row that are averaged over seeds, in the order they are shown."""
 
 
-def summary_rows(seeds: Sequence[Mapping[str, Any]], part: str, label: str, shown: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Rows of a part averaged over seeds, each number that is shown with its interval."""
-    for name in dict.fromkeys(row[label] for seed in seeds for row in seed[part]):
-        same = [row for seed in seeds for row in seed[part] if row[label] == name]
-        out: dict[str, Any] = {"name": name}
-        for key in shown:
-            values = [float(r[key]) for r in same if r.get(key) is not None]
-            if values:
-                e = across_seeds(values)
-                out[key] = [e.value, e.low, e.high]
-        yield out
+def summarise(settings: TextSettings, seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Means over seeds: the system's settings, fixed schedules, and smaller models."""
+    parts = (("rows", "budgets", "setting"), ("fixed", "fixed", "name"), ("static", "static", "name"))
+    return {part: list(rows_by_name(seeds, given, label, SHOWN)) for part, given, label in parts}
 
 
 def table_rows(result: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
@@ -435,16 +350,19 @@ def table_rows(result: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[s
     return ("", *(k.replace("_", " ") for k in used)), rows
 
 
-__all__ = [
-    "Bases",
-    "TextSettings",
-    "conclude",
-    "load_corpus",
-    "load_settings",
-    "measure_seed",
-    "measured",
-    "prepare",
-    "reproduce",
-    "table_rows",
-    "variants",
-]
+TEXTS = Reproduction(
+    "generate",
+    TextSettings,
+    "tiny",
+    read=lambda settings, data, device, say: (load_corpus(settings, data), Bases(say)),
+    repeat=lambda name, settings, given, seed, device, say: measure_seed(
+        name, settings, given[0], seed, prepare(name, settings, given[0], seed, device, given[1]), say
+    ),
+    summarise=summarise,
+    table=table_rows,
+    counts=counts,
+    nothing="no setting cost less than the full model",
+)
+"""Methods of language models that write text."""
+
+__all__ = ["TEXTS", "Bases", "TextSettings", "Trained", "load_corpus", "measure_seed", "prepare", "table_rows"]

@@ -8,11 +8,10 @@ Nothing is tuned after the fact: the verdict is the card's predicate on the meas
 
 from __future__ import annotations
 
-import dataclasses
 import lzma
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,23 +20,20 @@ from torch import Tensor, nn
 
 from offramp import systems
 from offramp.backbones.masked_lm import MaskedLM, bidirectional, masked_lm
-from offramp.cli.config import read_toml, unknown_key
-from offramp.cli.reproduce import across_seeds, measured, verdict
-from offramp.cli.reproduce_text import summary_rows
+from offramp.cli.progress import Say
+from offramp.cli.reproduce_common import Reproduction, VariantSettings, in_words, rows_by_name, to_try
 from offramp.core.errors import InvalidInput
 from offramp.core.modes import evaluating
 from offramp.engines.diffusion.unmask import Unmasked, unmask
-from offramp.measure.clock import compare, environment
+from offramp.measure.clock import compare
 from offramp.measure.pareto import Point, curve, interpolate, upper_hull
 from offramp.policies.refresh import Blocks, EveryN, Full, PerBlock, Unmask
 from offramp.train.masked_text import fit_masked, hide, masked_diffusion_loss
 
-Say = Callable[[str], None]
-
 
 @dataclass(frozen=True)
-class UnmaskSettings:
-    """One variant of a reproduction: a table ``[variant]`` of its TOML file.
+class UnmaskSettings(VariantSettings):
+    """One variant of a reproduction of a system that fills in masks.
 
     Attributes:
         blocks: of the model, a Llama without causal mask.
@@ -58,8 +54,6 @@ class UnmaskSettings:
         timed: of the prompts, for the clock.
         rounds: of the clock, after one to warm up.
         sweep: arguments of the system's builder, each with values to try in turn: one row each.
-        seeds: one whole repetition each.
-        system: arguments of the system's builder.
     """
 
     blocks: int
@@ -78,46 +72,17 @@ class UnmaskSettings:
     draws: int = 16
     timed: int = 4
     rounds: int = 3
-    sweep: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
-    seeds: tuple[int, ...] = (0, 1, 2)
-    system: Mapping[str, Any] = field(default_factory=dict)
+    sweep: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         counts = (self.blocks, self.steps, self.prompts, self.prompt_length, self.draws, self.timed, self.rounds, self.block_size)
         if min(counts) < 1 or self.new_tokens < 2 or self.length < 2:
             raise InvalidInput(
                 "blocks, steps, prompts, prompt_length, draws, timed, rounds and block_size must be at least 1, new_tokens and length 2."
             )
-        if not self.seeds or not self.intervals:
-            raise InvalidInput("seeds and intervals must not be empty.")
-
-
-def variants(path: Path) -> list[str]:
-    """Names of the variants in a configuration."""
-    return [name for name, table in read_toml(path).items() if isinstance(table, Mapping) and name not in ("system", "sweep")]
-
-
-def load_settings(path: Path, variant: str) -> UnmaskSettings:
-    """Read one variant; keys outside tables are shared by all variants, and so are the tables ``system`` and ``sweep``.
-
-    Raises:
-        InvalidInput: the file or the variant is missing, a key is unknown or a required one is absent.
-    """
-    config = read_toml(path)
-    if variant not in variants(path):
-        raise InvalidInput(f"{path} has no variant {variant!r}; it has: {', '.join(variants(path))}.")
-    shared = {k: v for k, v in config.items() if not isinstance(v, Mapping) or k == "sweep"}
-    merged = shared | dict(config[variant]) | {"system": dict(config.get("system", {})) | dict(config[variant].get("system", {}))}
-    known = {f.name: f for f in dataclasses.fields(UnmaskSettings)}
-    for key in merged:
-        if key not in known:
-            raise unknown_key(key, list(known), f"{path}, variant {variant}")
-    for name, f in known.items():
-        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING and name not in merged:
-            raise InvalidInput(f"{path}, variant {variant}: the key {name!r} is missing.")
-    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in merged.items()}
-    values["sweep"] = {k: tuple(v) for k, v in merged.get("sweep", {}).items()}
-    return UnmaskSettings(**values)
+        if not self.intervals:
+            raise InvalidInput("intervals must not be empty.")
 
 
 # ---- text and model ------------------------------------------------------------------------------------------------------
@@ -235,8 +200,8 @@ def measure_seed(name: str, settings: UnmaskSettings, text: Characters, seed: in
         blocks.append(row(f"Fast-dLLM, {label} cache", found, "blocks"))
     reference = curve("fixed", upper_hull([Point(r["name"], r["cost"], r["agreement"]) for r in fixed] + [Point("no cache", 1.0, 1.0)]))
     rows = []
-    for change in [{key: value} for key, values in settings.sweep.items() for value in values] or [{}]:
-        label = ", ".join(f"{k} {v:g}" for k, v in change.items()) or "default"
+    for change in to_try(settings.sweep):
+        label = in_words(change)
         say(f"seed {seed}: {label}")
         found = unmask(lm, prompts, settings.new_tokens, _way(name, settings, change))
         mine = row(label, found, "sliding") | {"refreshed": found.refreshed}
@@ -311,53 +276,16 @@ def _timed(lm: MaskedLM, settings: UnmaskSettings, default: Unmask, prompts: Seq
 # ---- the result ----------------------------------------------------------------------------------------------------------
 
 
-def reproduce(
-    name: str, settings: UnmaskSettings, *, variant: str, data: str | None = None, device: str = "cpu", say: Say = lambda text: None
-) -> dict[str, Any]:
-    """Run a reproduction.
-
-    Args:
-        name: of the system.
-        settings: of the variant.
-        variant: its name, for the record.
-        data: path of the text.
-        device: to train and measure on.
-        say: told what is being done.
-
-    Returns:
-        JSON data: claim, verdict, one row per setting averaged over seeds, and the raw numbers of every seed.
-    """
-    system = systems.build(name, **settings.system)
-    card, predicate = system.card, system.card.predicate
-    if predicate is None:
-        raise InvalidInput(f"The card of {name} has no predicate to measure.")
-    text = read_text(settings, data)
-    seeds = [measure_seed(name, settings, text, seed, device, say) for seed in settings.seeds]
-    values = [v for s in seeds if (v := measured(predicate, s["budgets"])) is not None]
-    estimate = across_seeds(values) if values else None
-    got = None if estimate is None else {"value": estimate.value, "low": estimate.low, "high": estimate.high, "level": estimate.level}
-    return {
-        "schema": "offramp.reproduce/1",
-        "system": card.name,
-        "variant": variant,
-        "claim": card.claim,
-        "predicate": asdict(predicate),
-        "measured": None if got is None else {**got, "values": values},
-        "verdict": verdict(predicate, estimate),
-        "summary": {
-            "rows": list(summary_rows(seeds, "budgets", "name", SHOWN)),
-            "fixed": list(summary_rows(seeds, "fixed", "name", SHOWN)),
-            "blocks": list(summary_rows(seeds, "blocks", "name", SHOWN)),
-        },
-        "environment": environment(device),
-        "settings": asdict(settings),
-        "composition": {axis: systems.describe(getattr(system, axis)) for axis in systems.AXES if getattr(system, axis) is not None},
-        "seeds": seeds,
-    }
-
-
 SHOWN = ("cost", "share", "agreement", "same_text", "nll", "tokens_per_step", "refresh_rate", "gain_over_fixed")
 """The numbers of a row that are averaged over seeds, in the order they are shown."""
+
+PARTS = {"rows": "budgets", "fixed": "fixed", "blocks": "blocks"}
+"""Parts of the summary, and which rows of a repetition each is made of."""
+
+
+def summarise(settings: UnmaskSettings, seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Means over seeds: the method's settings, fixed intervals, and block refreshes."""
+    return {part: list(rows_by_name(seeds, given, "name", SHOWN)) for part, given in PARTS.items()}
 
 
 def table_rows(result: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
@@ -368,4 +296,15 @@ def table_rows(result: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[s
     return ("", *(k.replace("_", " ") for k in SHOWN)), rows
 
 
-__all__ = ["UnmaskSettings", "load_settings", "measured", "reproduce", "table_rows", "variants"]
+MASKS = Reproduction(
+    "unmask",
+    UnmaskSettings,
+    "tiny",
+    read=lambda settings, data, device, say: read_text(settings, data),
+    repeat=measure_seed,
+    summarise=summarise,
+    table=table_rows,
+)
+"""Methods of masked-diffusion language models."""
+
+__all__ = ["MASKS", "UnmaskSettings", "judged", "measure_seed", "read_text", "table_rows"]

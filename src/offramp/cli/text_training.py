@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import lzma
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,21 +14,20 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from offramp.backbones.decoder import decoder
-from offramp.cli.config import read_toml, unknown_key
+from offramp.cli.progress import Say
 from offramp.cli.records import optional
 from offramp.cli.reproduce import warmup_cosine
+from offramp.cli.reproduce_common import VariantSettings
 from offramp.core.errors import InvalidInput
 from offramp.language import LanguageModel, attach_lm
 from offramp.train.loop import fit
 from offramp.train.recipe import FinalOnly, Joint, Recipe
 from offramp.train.text import texts_in
 
-Say = Callable[[str], None]
-
 
 @dataclass(frozen=True)
-class TextSettings:
-    """One variant of a reproduction: a table ``[variant]`` of its TOML file.
+class TextSettings(VariantSettings):
+    """One variant of a reproduction of a language-model system.
 
     Attributes:
         blocks: of the full model, a Llama.
@@ -55,8 +53,6 @@ class TextSettings:
         evaluated: held-out texts for perplexities.
         mixed_precision: of training on a CUDA device. A CPU trains, and every device measures, in float32.
         sweep: arguments of the system's builder, each with values to try in turn: one row each.
-        seeds: one whole repetition each.
-        system: arguments of the system's builder.
     """
 
     blocks: int
@@ -81,45 +77,15 @@ class TextSettings:
     rounds: int = 5
     evaluated: int = 256
     mixed_precision: str = "bf16"
-    sweep: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
-    seeds: tuple[int, ...] = (0, 1, 2)
-    system: Mapping[str, Any] = field(default_factory=dict)
+    sweep: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.blocks < 2 or not self.smaller or not all(0 < s < self.blocks for s in self.smaller):
             raise InvalidInput(f"smaller must list numbers of blocks below blocks={self.blocks}, got {list(self.smaller)}.")
         counts = (self.steps, self.exit_steps, self.prompts, self.calibration_prompts, self.timed, self.rounds, self.evaluated)
         if min(counts) < 1 or self.new_tokens < 2 or self.thresholds < 2 or self.length < 2:
             raise InvalidInput("steps, prompts, timed, rounds and evaluated must be at least 1, new_tokens, thresholds and length 2.")
-        if not self.seeds:
-            raise InvalidInput("seeds must not be empty.")
-
-
-def variants(path: Path) -> list[str]:
-    """Names of the variants in a configuration."""
-    return [name for name, table in read_toml(path).items() if isinstance(table, Mapping) and name not in ("system", "sweep")]
-
-
-def load_settings(path: Path, variant: str) -> TextSettings:
-    """Read one variant; keys outside tables are shared by all variants, and so are the tables ``system`` and ``sweep``.
-
-    Raises:
-        InvalidInput: the file or the variant is missing, a key is unknown or a required one is absent.
-    """
-    config = read_toml(path)
-    known = variants(path)
-    if variant not in known:
-        raise InvalidInput(f"{path} has no variant {variant!r}; it has: {', '.join(known)}.")
-    shared = {k: v for k, v in config.items() if not isinstance(v, Mapping) or k == "sweep"}
-    merged = shared | dict(config[variant]) | {"system": dict(config.get("system", {})) | dict(config[variant].get("system", {}))}
-    for key in merged:
-        if key not in TextSettings.__dataclass_fields__:
-            raise unknown_key(key, list(TextSettings.__dataclass_fields__), f"{path}, variant {variant}")
-    for name, f in TextSettings.__dataclass_fields__.items():
-        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING and name not in merged:
-            raise InvalidInput(f"{path}, variant {variant}: the key {name!r} is missing.")
-    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in merged.items()}
-    return TextSettings(**values)
 
 
 # ---- text ----------------------------------------------------------------------------------------------------------------

@@ -14,7 +14,6 @@ import torch
 from offramp import systems
 from offramp.cli import reproduce as reproducing
 from offramp.core.errors import InvalidInput
-from offramp.core.system import Predicate
 
 BASE = """
 budgets = [0.6, 0.9]
@@ -41,14 +40,11 @@ def write(folder: Path, text: str = BASE, name: str = "branchynet") -> Path:
 
 
 class TestSettings:
-    def test_shared_and_own_keys(self, tmp_path: Path) -> None:
-        path = write(
-            tmp_path, BASE + '[other]\ndata = "digits"\nnet = "conv"\ndepth = 2\nepochs = 5\nseeds = [3, 4]\nsystem = { exits = 2 }\n'
-        )
-        assert reproducing.variants(path) == ["tiny", "other"]
-        tiny, other = (reproducing.load_settings(path, v) for v in ("tiny", "other"))
-        assert tiny.budgets == other.budgets == (0.6, 0.9)
-        assert (tiny.seeds, other.seeds) == ((0,), (3, 4)) and (dict(tiny.system), dict(other.system)) == ({"exits": 1}, {"exits": 2})
+    """How they are read is in ``test_reproduce_common.py``."""
+
+    def test_what_a_variant_says(self, tmp_path: Path) -> None:
+        found = reproducing.Settings.load(write(tmp_path), "tiny")
+        assert found.budgets == (0.6, 0.9) and found.smaller == ({"depth": 1},) and dict(found.system) == {"exits": 1}
 
     @pytest.mark.parametrize(
         ("old", "new", "message"),
@@ -62,58 +58,7 @@ class TestSettings:
     )
     def test_mistakes(self, tmp_path: Path, old: str, new: str, message: str) -> None:
         with pytest.raises(InvalidInput, match=message):
-            reproducing.load_settings(write(tmp_path, BASE.replace(old, new)), "tiny")
-
-    def test_unknown_variant(self, tmp_path: Path) -> None:
-        with pytest.raises(InvalidInput, match="no variant 'large'; it has: tiny"):
-            reproducing.load_settings(write(tmp_path), "large")
-
-
-class TestNumbers:
-    ROWS = (
-        {"budget": 0.3, "infeasible": True},
-        {"budget": 0.5, "drop": 0.02},
-        {"budget": 0.7, "drop": -0.01},
-        {"budget": 0.9, "drop": 0.0},
-        {"budget": 1.0, "drop": -0.5},  # the full cost says nothing about leaving early: it never counts
-        {"budget": 1.2, "drop": 0.5},
-    )
-
-    @pytest.mark.parametrize(
-        ("predicate", "value"),
-        [
-            (Predicate("drop", "<=", 0.0), (0.02 - 0.01) / 3),
-            (Predicate("drop", "<=", 0.0, over="worst"), 0.02),
-            (Predicate("drop", "<=", 0.0, over="best"), -0.01),
-            (Predicate("drop", ">=", 0.0, over="worst"), -0.01),
-            (Predicate("drop", ">=", 0.0, over="best"), 0.02),
-            (Predicate("drop", "<=", 0.0, budget=0.7), -0.01),
-            (Predicate("drop", "<=", 0.0, budget=0.3), None),
-            (Predicate("drop", "<=", 0.0, budget=0.8), None),
-            (Predicate("accuracy", ">=", 0.0), None),
-        ],
-    )
-    def test_measured(self, predicate: Predicate, value: float | None) -> None:
-        assert reproducing.measured(predicate, self.ROWS) == (value if value is None else pytest.approx(value))
-
-    @pytest.mark.parametrize("budget", [0.0, 1.0, 1.5, -0.5, float("nan")])
-    def test_a_predicate_names_a_cost_below_the_full_one(self, budget: float) -> None:
-        with pytest.raises(InvalidInput, match=r"inside \(0, 1\)"):
-            Predicate("drop", "<=", 0.0, budget=budget)
-
-    def test_a_predicate_in_words(self) -> None:
-        assert str(Predicate("drop", "<=", 0.0, budget=0.64)) == "drop <= 0, at cost 0.64"
-        assert str(Predicate("excess", "<=", 0.02, over="worst")) == "excess <= 0.02, worst over budgets below 1"
-
-    def test_interval_and_verdict(self) -> None:
-        estimate = reproducing.across_seeds([0.01, 0.02, 0.03])
-        assert estimate.value == pytest.approx(0.02) and estimate.high - 0.02 == pytest.approx(4.303 * 0.01 / 3**0.5)
-        above = Predicate("gain_over_fixed", ">=", 0.0)
-        assert reproducing.verdict(above, estimate).startswith("holds (not clear")
-        assert reproducing.verdict(above, reproducing.across_seeds([0.02, 0.021, 0.022])) == "holds"
-        assert reproducing.verdict(above, reproducing.across_seeds([-0.02, -0.021, -0.022])) == "does not hold"
-        assert reproducing.verdict(above, reproducing.across_seeds([0.02])) == "holds (not clear: one seed)"
-        assert reproducing.verdict(above, None).startswith("not measured")
+            reproducing.Settings.load(write(tmp_path, BASE.replace(old, new)), "tiny")
 
 
 class TestRun:
@@ -123,6 +68,8 @@ class TestRun:
         result = offramp("reproduce", "branchynet", "--variant", "tiny", "--configs", tmp_path, "--results", tmp_path, "--device", "cpu")
         assert result.exit_code == 0, result.output
         assert "verdict" in result.output and "claim" in result.output
+        said = [line.partition("] ")[2] for line in result.output.splitlines() if line.startswith("[  ")]
+        assert said[:4] == ["branchynet", "seed 0: full model", "seed 0: static model, {'depth': 1}", "seed 0: branchynet"], "no terminal"
         found = json.loads((tmp_path / "branchynet--tiny--cpu.json").read_text())
         seed = found["seeds"][0]
         assert found["predicate"]["budget"] == 0.67 and [r["budget"] for r in seed["budgets"]] == [0.6, 0.67, 0.9]

@@ -16,7 +16,8 @@ pytest.importorskip("accelerate")
 from offramp import systems
 from offramp.cli import reproduce_images
 from offramp.cli.image_nets import EulerFlow, Features, SmallDiT
-from offramp.cli.reproduce_images import CONTROLS, ImageSettings, candidates, load_settings, measured, table_rows
+from offramp.cli.reproduce_common import measured
+from offramp.cli.reproduce_images import CONTROLS, DENOISERS, ImageSettings, candidates, table_rows
 from offramp.core.errors import InvalidInput
 from offramp.core.system import Predicate
 
@@ -30,7 +31,7 @@ QUICK = ImageSettings(
 @pytest.fixture(scope="module")
 def result() -> dict[str, Any]:
     told: list[str] = []
-    found = reproduce_images.reproduce("deediff", QUICK, variant="quick", say=told.append)
+    found = DENOISERS.run("deediff", QUICK, variant="quick", say=told.append)
     assert any("training exits" in t for t in told) and sum("training" in t for t in told) == 6, "each training once"
     return found
 
@@ -72,17 +73,8 @@ def test_settings_that_are_trained_for_a_cost_get_cheaper() -> None:
     assert [round(6 * s.skips.share) for s in candidates(systems.build("shallow"), 6)] == [5, 4, 3, 2, 1]
 
 
-def test_settings_are_checked(tmp_path: Path) -> None:
-    assert load_settings(CONFIG, "tiny").budgets == (0.75, 0.6, 0.5)
-    with pytest.raises(InvalidInput, match="no variant 'huge'"):
-        load_settings(CONFIG, "huge")
-    file = tmp_path / "x.toml"
-    file.write_text('[tiny]\ndata = "digits"\ndepht = 3\n')
-    with pytest.raises(InvalidInput, match="depht"):
-        load_settings(file, "tiny")
-    file.write_text('[tiny]\ndata = "digits"\n')
-    with pytest.raises(InvalidInput, match="'depth' is missing"):
-        load_settings(file, "tiny")
+def test_settings_are_checked() -> None:
+    assert ImageSettings.load(CONFIG, "tiny").budgets == (0.75, 0.6, 0.5)
     with pytest.raises(InvalidInput, match="must not be empty"):
         dataclasses.replace(QUICK, seeds=())
     with pytest.raises(InvalidInput, match="--data"):

@@ -7,6 +7,7 @@ import lzma
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 
 from offramp import systems
 from offramp.cli import reproduce_text as reproducing
+from offramp.cli.reproduce_common import measured
 from offramp.cli.text_runs import Meter, Written, agreeing, by_position, perplexities, write
 from offramp.cli.text_training import bare, load_corpus, make_model, windows
 from offramp.core.errors import InvalidInput
@@ -69,8 +71,8 @@ class TestSettings:
     def test_shared_and_own(self, tmp_path: Path) -> None:
         path = tmp_path / "x.toml"
         path.write_text(BASE + "\n[tiny.system]\ncap = 3\n\n[system]\nzeta = 0.5\n\n[sweep]\nzeta = [0.3, 0.4]\n")
-        assert reproducing.variants(path) == ["tiny"]
-        found = reproducing.load_settings(path, "tiny")
+        assert reproducing.TextSettings.variants(path) == ["tiny"]
+        found = reproducing.TextSettings.load(path, "tiny")
         assert dict(found.system) == {"zeta": 0.5, "cap": 3} and found.seeds == (0,) and found.smaller == (1,)
         assert found.sweep["zeta"] == [0.3, 0.4]
 
@@ -88,12 +90,7 @@ class TestSettings:
         path = tmp_path / "x.toml"
         path.write_text(BASE.replace(old, new, 1))
         with pytest.raises(InvalidInput, match=message):
-            reproducing.load_settings(path, "tiny")
-
-    def test_unknown_variant(self, tmp_path: Path) -> None:
-        (tmp_path / "x.toml").write_text(BASE)
-        with pytest.raises(InvalidInput, match="no variant 'books'; it has: tiny"):
-            reproducing.load_settings(tmp_path / "x.toml", "books")
+            reproducing.TextSettings.load(path, "tiny")
 
 
 class TestText:
@@ -198,7 +195,10 @@ class TestVerdict:
         ],
     )
     def test_measured(self, predicate: Predicate, lossless: bool, value: float | None) -> None:
-        assert reproducing.measured(predicate, self.ROWS, lossless) == (value if value is None else pytest.approx(value))
+        built = systems.build("calm")
+        system = replace(built, card=replace(built.card, predicate=predicate, lossless=lossless))
+        found = measured(predicate, self.ROWS, partial(reproducing.counts, system))
+        assert found == (value if value is None else pytest.approx(value))
 
 
 @pytest.mark.slow
@@ -235,4 +235,4 @@ class TestRun:
 
     def test_a_classifier_is_refused(self) -> None:
         with pytest.raises(InvalidInput, match="classify engine"):
-            reproducing.reproduce("branchynet", SETTINGS, variant="tiny")
+            reproducing.TEXTS.run("branchynet", SETTINGS, variant="tiny")

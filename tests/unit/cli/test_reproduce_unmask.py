@@ -15,9 +15,8 @@ from typer.testing import CliRunner
 from masked_models import MASK, looking_both_ways
 from offramp import systems
 from offramp.cli import app
-from offramp.cli.reproduce_unmask import UnmaskSettings, judged, load_settings, measured, read_text, reproduce, table_rows, variants
+from offramp.cli.reproduce_unmask import MASKS, UnmaskSettings, judged, read_text, table_rows
 from offramp.core.errors import InvalidInput
-from offramp.core.system import Predicate
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -45,7 +44,7 @@ def small(**options: object) -> UnmaskSettings:
 
 def test_a_whole_one(text: str) -> None:
     said: list[str] = []
-    result = reproduce("elastic-cache", small(), variant="tiny", data=text, say=said.append)
+    result = MASKS.run("elastic-cache", small(), variant="tiny", data=text, say=said.append)
     again = json.loads(json.dumps(result))
     assert again["system"] == "elastic-cache" and again["verdict"] and len(again["seeds"]) == 2 and said
     for seed in result["seeds"]:
@@ -60,19 +59,12 @@ def test_a_whole_one(text: str) -> None:
 
 
 def test_the_configuration_is_one() -> None:
-    assert set(variants(CONFIG)) == {"tiny", "books"}
-    for variant in variants(CONFIG):
-        settings = load_settings(CONFIG, variant)
+    assert set(UnmaskSettings.variants(CONFIG)) == {"tiny", "books"}
+    for variant in UnmaskSettings.variants(CONFIG):
+        settings = UnmaskSettings.load(CONFIG, variant)
         assert len(settings.seeds) >= 3 and settings.sweep["drift"] and len(settings.intervals) >= 5
         for drift in settings.sweep["drift"]:
             assert systems.build("elastic-cache", **settings.system, drift=drift).fill.refresh.drift == drift
-
-
-def test_what_is_measured() -> None:
-    rows = [{"budget": 0.4, "gain_over_fixed": 0.1}, {"budget": 0.8, "gain_over_fixed": 0.3}, {"budget": 1.2, "gain_over_fixed": 9.0}]
-    assert measured(Predicate("gain_over_fixed", ">=", 0.0), rows) == pytest.approx(0.2)
-    assert measured(Predicate("gain_over_fixed", ">=", 0.0, over="worst"), rows) == 0.1
-    assert measured(Predicate("agreement", ">=", 0.0), rows) is None
 
 
 def test_texts_are_judged_by_what_follows_the_prompt_alone() -> None:
@@ -100,17 +92,6 @@ def test_texts_that_are_refused(tmp_path: Path, text: str) -> None:
     with pytest.raises(InvalidInput, match="too few"):
         read_text(small(), str(tmp_path / "short.txt"))
     assert read_text(small(), text).alphabet == "".join(sorted(set("alpha beta gamma delta \n")))
-
-
-def test_configurations_that_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "x.toml").write_text("[tiny]\nblocks = 2\nwidht = 3\n")
-    with pytest.raises(InvalidInput, match="widht"):
-        load_settings(tmp_path / "x.toml", "tiny")
-    (tmp_path / "y.toml").write_text("[tiny]\nblocks = 2\n")
-    with pytest.raises(InvalidInput, match="'width' is missing"):
-        load_settings(tmp_path / "y.toml", "tiny")
-    with pytest.raises(InvalidInput, match="no variant 'huge'"):
-        load_settings(tmp_path / "y.toml", "huge")
 
 
 def test_from_the_command_line(tmp_path: Path, text: str) -> None:
