@@ -15,14 +15,12 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from lm_common import (
-    Budget,
+    Measurement,
     Prompt,
-    Sheet,
     asked_parts,
     candidate,
     compare_texts,
@@ -31,15 +29,13 @@ from lm_common import (
     grouped,
     in_turn,
     load_model,
+    measurement_arguments,
     numbers,
     over,
     round_ms,
     run_parts,
     seconds,
-    spec_bench,
     tokens_per_round,
-    tuned,
-    tuning_argument,
 )
 
 from offramp.engines.text.agreement import Acceptance, agreement
@@ -47,23 +43,18 @@ from offramp.engines.text.draft_lengths import LengthChoice
 from offramp.engines.text.planner import Prediction, SpeculationPlan, Times, choose, even_acceptance
 from offramp.engines.text.round_times import Candidate
 from offramp.engines.text.rounds import Rounds
-from offramp.measure.clock import environment, median_interval
+from offramp.measure.clock import median_interval
 
 PARTS = ("plan", "groups", "float32")
 DRAFT_BLOCKS = {"shared": 0.0, "norm": 0.0, "adapter": 0.5, "block": 1.0}
 """What a head adds to a draft, in blocks: enough to leave out what cannot pay before anything is measured."""
 
 
-class Measuring:
+class Measuring(Measurement):
     """Plain decoding and verified drafts over the groups of prompts."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        from tokenizers import Tokenizer
-
-        self.args, self.budget, self.folder = args, Budget(args.minutes), Path(args.model)
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.dtype = getattr(torch, args.dtype)
-        self.compiled = tuned(args.tuning, self.device)
+        super().__init__(args)
         with self.budget.part("model"):
             self.model = load_model(self.folder, torch.bfloat16).to(self.device)
             self.exact = load_model(self.folder, torch.float32).to(self.device)
@@ -72,26 +63,15 @@ class Measuring:
                 self.model = load_model(self.folder, self.dtype).to(self.device)
                 self.lms = {name: over(lm, self.model) for name, lm in self.lms.items()}
         self.blocks = len(next(iter(self.lms.values())).decoder)
-        encode = Tokenizer.from_file(str(self.folder / "model" / "tokenizer.json")).encode
-        most = args.context - args.new
-        self.prompts = spec_bench(Path(args.data) / "prompts" / "spec_bench.jsonl.xz", lambda t: encode(t).ids, most, args.each)
+        self.prompts = self.spec_bench(args.each)
         self.slots = args.context + 1
         self.runs: dict[tuple[str, tuple[int, ...]], Rounds] = {}
         self.captured: set[tuple[int, int]] = set()
         self.times: dict[str, dict[int, float]] = {}
         trained = json.loads((self.folder / "training.json").read_text())
-        self.sheet = Sheet(
-            args.out,
-            {
-                "benchmark": "decoding_trained", "dtype": args.dtype, "rows": [], "new_tokens": args.new, "context": args.context,
-                "prompts": len(self.prompts), "tuning": args.tuning,
-                "calibration_prompts_of_a_group": args.calibrate,
-                "model": trained.get("stages"),
-                "shape": {k: trained["settings"][k] for k in ("blocks", "width", "heads", "kv_heads", "inner", "vocabulary")},
-                "environment": environment(self.device),
-            },
-            self.budget,
-        )  # fmt: skip
+        shape = {k: trained["settings"][k] for k in ("blocks", "width", "heads", "kv_heads", "inner", "vocabulary")}
+        about = {"calibration_prompts_of_a_group": args.calibrate, "model": trained.get("stages"), "shape": shape}
+        self.open_sheet("decoding_trained", len(self.prompts), about)
         self.plan: SpeculationPlan | None = None
         self.by_group: dict[str, dict[str, Acceptance]] = {}
 
@@ -286,16 +266,8 @@ def decoding_s(sample: dict[str, Any], way: str) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="folder with prompts/")
-    parser.add_argument("--model", default="runs/lm")
-    parser.add_argument("--out", required=True)
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--parts", default="plan,groups,float32")
-    parser.add_argument("--minutes", type=float, default=8.5)
+    parser = measurement_arguments(__doc__, ",".join(PARTS))
     parser.add_argument("--reserve", type=float, default=0.5, help="minutes kept back from the groups")
-    parser.add_argument("--context", type=int, default=512, help="most tokens of prompt and text")
-    parser.add_argument("--new", type=int, default=128)
     parser.add_argument("--each", type=int, default=80, help="prompts of a group")
     parser.add_argument("--calibrate", type=int, default=8, help="prompts of a group that the planner sees")
     parser.add_argument("--candidates", type=int, default=2, help="exits whose rounds are measured")
@@ -303,7 +275,6 @@ def main() -> None:
     parser.add_argument("--capture-guess", type=float, default=50)
     parser.add_argument("--exact-prompts", type=int, default=200)
     parser.add_argument("--exact-new", type=int, default=64)
-    tuning_argument(parser)
     args = parser.parse_args()
     asked = asked_parts(args.parts, PARTS)
     run = Measuring(args)

@@ -284,6 +284,67 @@ def over(lm: LanguageModel, model: Any) -> LanguageModel:
     return made
 
 
+class Measurement:
+    """What a command that measures the trained model begins with. Abstract: a command adds what it measures.
+
+    Attributes:
+        args: of `measurement_arguments`, and the command's own.
+        budget: of time, from now on.
+        folder: of the training.
+        device: CUDA where there is one.
+        dtype: of the weights.
+        compiled: for `Rounds`.
+        tokenizer: that the model was trained with.
+        sheet: the result, from `open_sheet` on.
+    """
+
+    sheet: Sheet
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        from tokenizers import Tokenizer
+
+        self.args, self.budget, self.folder = args, Budget(args.minutes), Path(args.model)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.dtype: torch.dtype = getattr(torch, args.dtype)
+        self.compiled = tuned(args.tuning, self.device)
+        self.tokenizer = Tokenizer.from_file(str(self.folder / "model" / "tokenizer.json"))
+
+    def spec_bench(self, each: int | None = None) -> list[Prompt]:
+        """Spec-Bench's questions, ``each`` of a group, cut so that the text behind them fits into the context."""
+        path = Path(self.args.data) / "prompts" / "spec_bench.jsonl.xz"
+        return spec_bench(path, lambda text: self.tokenizer.encode(text).ids, self.args.context - self.args.new, each)
+
+    def open_sheet(self, benchmark: str, prompts: int, content: Mapping[str, Any], same: Sequence[str] = ()) -> None:
+        """Begin the result: what every such measurement says of itself, and ``content``; for ``same`` see `Sheet`."""
+        args = self.args
+        said: dict[str, Any] = {
+            "benchmark": benchmark, "dtype": args.dtype, "new_tokens": args.new, "context": args.context, "prompts": prompts,
+            "tuning": args.tuning, "environment": clock.environment(self.device), "rows": [],
+        }  # fmt: skip
+        self.sheet = Sheet(args.out, said | dict(content), self.budget, same)
+
+
+def measurement_arguments(description: str | None, parts: str, parts_help: str | None = None) -> argparse.ArgumentParser:
+    """The arguments that a `Measurement` reads.
+
+    Args:
+        description: of the command.
+        parts: measured by default, with commas between.
+        parts_help: what else there is.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="folder with text/ and prompts/")
+    parser.add_argument("--model", default="runs/lm", help="folder that train_lm.py made")
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--parts", default=parts, help=parts_help)
+    parser.add_argument("--minutes", type=float, default=8.5)
+    parser.add_argument("--context", type=int, default=512, help="most tokens of prompt and text")
+    parser.add_argument("--new", type=int, default=128)
+    tuning_argument(parser)
+    return parser
+
+
 # ---- times ---------------------------------------------------------------------------------------------------------------
 
 

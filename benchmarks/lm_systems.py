@@ -27,21 +27,18 @@ from typing import Any
 import numpy as np
 import torch
 from lm_common import (
-    Budget,
-    Sheet,
+    Measurement,
     asked_parts,
     compare_texts,
     grouped,
     in_turn,
     load_model,
+    measurement_arguments,
     rate,
     round_ms,
     run_parts,
     seconds,
-    spec_bench,
     tokens_per_round,
-    tuned,
-    tuning_argument,
 )
 from torch import Tensor, nn
 from train_lm import Text, fit_on_time
@@ -55,7 +52,6 @@ from offramp.engines.text.generate import generate
 from offramp.engines.text.rounds import Rounds
 from offramp.exits.lm import Shared
 from offramp.language import LanguageModel, attach_lm
-from offramp.measure.clock import environment
 from offramp.policies.decoding import Accept, Plain, Scheduled, Verify, Way
 
 DRAFTING = ("layerskip", "kangaroo", "eesd", "self-supervised-early-exits", "sorted-llama")
@@ -116,40 +112,28 @@ def calibrated(system: System, lm: LanguageModel, prompts: Sequence[Sequence[int
     return system.calibrator(looks.score.reshape(-1, len(lm.exits)), looks.agreed.reshape(-1, len(lm.exits)))
 
 
-class Table:
+class Table(Measurement):
     """One model whose weights each system replaces by its own: plain decoding is captured once for all."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        from tokenizers import Tokenizer
-
-        self.args, self.budget, self.folder = args, Budget(args.minutes), Path(args.model)
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.dtype = getattr(torch, args.dtype)
-        self.compiled = tuned(args.tuning, self.device)
+        super().__init__(args)
         with self.budget.part("model"):
             self.base = load_model(self.folder, self.dtype).to(self.device)
             self.model = load_model(self.folder, self.dtype).to(self.device)
         self.blocks = int(self.model.config.num_hidden_layers)
-        tokenizer = Tokenizer.from_file(str(self.folder / "model" / "tokenizer.json"))
-        path = Path(args.data) / "prompts" / "spec_bench.jsonl.xz"
-        every = spec_bench(path, lambda t: tokenizer.encode(t).ids, args.context - args.new)
+        every = self.spec_bench()
         self.prompts = [p.tokens for p in in_turn([p for g in grouped(every).values() for p in g[: args.each]])]
         long = [p.tokens[-args.prompt :] for p in in_turn(every) if len(p.tokens) >= args.prompt]  # equally long, for batches
         self.even, self.calibration = long[: args.even], long[args.even : args.even + args.calibration]
-        self.tokenizer = tokenizer
         self.text: Text | None = None
         self.first = attach_lm(self.model, [max(1, self.blocks // 8)], Shared())
         self.plain: Rounds | None = None
-        self.sheet = Sheet(
-            args.out,
-            {
-                "benchmark": "lm_systems", "dtype": args.dtype, "blocks": self.blocks, "new_tokens": args.new, "context": args.context,
-                "prompts": len(self.prompts), "even_prompts": len(self.even), "even_prompt_tokens": args.prompt, "tuning": args.tuning,
-                "even_new_tokens": args.even_new, "seconds_of_training": args.seconds, "environment": environment(self.device), "rows": [],
-            },
-            self.budget,
-            same=("dtype", "blocks", "new_tokens", "prompts", "seconds_of_training", "even_new_tokens") if args.keep else (),
-        )  # fmt: skip
+        about = {
+            "blocks": self.blocks, "even_prompts": len(self.even), "even_prompt_tokens": args.prompt, "even_new_tokens": args.even_new,
+            "seconds_of_training": args.seconds,
+        }  # fmt: skip
+        same = ("dtype", "blocks", "new_tokens", "prompts", "seconds_of_training", "even_new_tokens") if args.keep else ()
+        self.open_sheet("lm_systems", len(self.prompts), about, same)
 
     # ---- training --------------------------------------------------------------------------------------------------------------
 
@@ -281,13 +265,8 @@ class Table:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="folder with text/ and prompts/")
-    parser.add_argument("--model", default="runs/lm", help="folder that train_lm.py made")
-    parser.add_argument("--out", required=True)
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--parts", default=",".join(("transformers", *SHORT)), help=f"{', '.join(SHORT)}, or some of {', '.join(PARTS)}")
-    parser.add_argument("--minutes", type=float, default=8.5)
+    known = f"{', '.join(SHORT)}, or some of {', '.join(PARTS)}"
+    parser = measurement_arguments(__doc__, ",".join(("transformers", *SHORT)), known)
     parser.add_argument("--guess", type=float, default=100, help="seconds that the first system is expected to take, training included")
     parser.add_argument("--keep", action="store_true", help="keep rows that an earlier call with the same settings wrote to the same file")
     parser.add_argument("--seconds", type=float, default=25, help="of training for each system")
@@ -299,8 +278,6 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--held", type=int, default=64)
     parser.add_argument("--characters", type=int, default=0, help="most of each text, for trials; 0 = all")
-    parser.add_argument("--context", type=int, default=512)
-    parser.add_argument("--new", type=int, default=128)
     parser.add_argument("--each", type=int, default=4, help="prompts of a group for drafts")
     parser.add_argument("--prompt", type=int, default=64, help="tokens of the prompts where tokens leave")
     parser.add_argument("--even", type=int, default=12, help="such prompts")
@@ -310,7 +287,6 @@ def main() -> None:
     parser.add_argument("--peer-prompts", type=int, default=6)
     parser.add_argument("--peer-new", type=int, default=64)
     parser.add_argument("--peer-repeats", type=int, default=1)
-    tuning_argument(parser)
     args = parser.parse_args()
     asked = asked_parts(",".join(",".join(SHORT.get(part, [part])) for part in args.parts.split(",")), PARTS)
     table = Table(args)
