@@ -25,7 +25,7 @@ from offramp.budget.replay import Loss, Realised, disagreement_loss, drop_loss, 
 from offramp.budget.risk_control import CRC, LTT, RCPS, DesignedPath, Procedure, SharedThreshold
 from offramp.budget.schedule_search import JointChoice, SamplerSteps, ScheduleChoice, best_schedule, joint_front, schedule_front
 from offramp.budget.step_thresholds import DriftLimit, ThresholdPlan, Tried, run_settings, threshold_for_cost, threshold_for_quality
-from offramp.budget.targets import All, ExitShares, Latency, MeanCost, PeakCost, Risk, Target, Utility
+from offramp.budget.targets import All, ExitShares, Latency, MeanCost, PeakCost, Quality, Risk, Target, Utility
 
 PARTS: dict[str, type] = {c.__name__: c for c in (NoiseBins, DepthByNoise, CachePlan, MonotoneMap)}
 """Schedules and maps by name: what a saved file may name."""
@@ -65,6 +65,7 @@ __all__ = [
     "PeakCost",
     "PointEstimate",
     "Procedure",
+    "Quality",
     "QuantileCost",
     "Realised",
     "Risk",

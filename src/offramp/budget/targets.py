@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Protocol, TypeAlias, runtime_checkable
+
+from torch import Tensor
 
 from offramp.core.errors import InvalidInput
 
@@ -142,6 +145,93 @@ class ExitShares:
         object.__setattr__(self, "shares", tuple(float(s) for s in self.shares))
         if not self.shares or any(not s >= 0 for s in self.shares) or abs(sum(self.shares) - 1) > 1e-6:
             raise InvalidInput(f"ExitShares needs non-negative shares that sum to 1, got {self.shares}.")
+
+
+@runtime_checkable
+class MeanAndCovariance(Protocol):
+    """Statistics of a set of features, as `offramp.measure.image_quality.FeatureStatistics` holds them."""
+
+    @property
+    def count(self) -> int:
+        """Items, >= 1."""
+        ...
+
+    @property
+    def mean(self) -> Tensor:
+        """``[D]``."""
+        ...
+
+    @property
+    def covariance(self) -> Tensor:
+        """``[D, D]``."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Quality:
+    """Generated images whose Fréchet distance to real ones (FID) is at most a little above the full model's, at the least cost.
+
+    For diffusion methods. Every setting that is looked at is run, from the same noise and conditions as the full model; a FID is in the
+    features that are given here and compares with another only in the same features, reference and number of images. What is found is an
+    estimate: a FID of finitely many images is biased and varies by chance, and the certificate says by how much.
+
+    Attributes:
+        max_fid_increase: limit on FID minus the full model's FID, finite and >= 0, in units of squared features.
+        features: from images ``[B, C, H, W]`` float32 (what the sampler gives: of a pipeline in [0, 1]) to features ``[B, D]``. A module is
+            put in evaluation mode and gets images on its device.
+        reference: of real images: features ``[M, D]``, or their `offramp.measure.image_quality.FeatureStatistics`.
+        samples: images that each FID is computed of, more than D and at least 10; as many again are held out. More of them make smaller
+            differences visible.
+        level: of the interval for the increase, in (0, 1).
+    """
+
+    max_fid_increase: float
+    features: Callable[[Tensor], Tensor]
+    reference: Tensor | MeanAndCovariance
+    samples: int = 5000
+    level: float = 0.95
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.max_fid_increase) and self.max_fid_increase >= 0):
+            raise InvalidInput(
+                f"Quality.max_fid_increase is how much the FID may rise above the full model's, a finite number >= 0; got "
+                f"{self.max_fid_increase}. 0 asks for images that measure no worse."
+            )
+        if not callable(self.features):
+            raise InvalidInput(
+                f"Quality.features is a function from images [B, C, H, W] to features [B, D], such as a classifier without its last layer; "
+                f"got {type(self.features).__name__}."
+            )
+        if not 0 < self.level < 1:
+            raise InvalidInput(f"Quality.level must lie inside (0, 1), got {self.level}.")
+        count, width = self._size()
+        if self.samples < 10 or min(self.samples, count) <= width:
+            raise InvalidInput(
+                f"A Fréchet distance in {width} dimensions needs more than {width} images on each side, and 10 at least, or its "
+                f"covariance is singular; got samples={self.samples} and {count} real images. Give more, or features of fewer dimensions."
+            )
+
+    @property
+    def dimensions(self) -> int:
+        """D."""
+        return self._size()[1]
+
+    def _size(self) -> tuple[int, int]:
+        """Real images and dimensions of their features."""
+        given = self.reference
+        if isinstance(given, Tensor):
+            if given.ndim != 2 or 0 in given.shape or not given.is_floating_point() or not bool(given.isfinite().all()):
+                raise InvalidInput(
+                    "Quality.reference are finite floating-point features [M, D] of real images, or their FeatureStatistics; got "
+                    f"{given.dtype} {tuple(given.shape)}{'' if given.isfinite().all() else ' with NaN or infinity'}. Run real images "
+                    "through the features first."
+                )
+            return int(given.shape[0]), int(given.shape[1])
+        if not isinstance(given, MeanAndCovariance):
+            raise InvalidInput(
+                f"Quality.reference are features [M, D] of real images, or their FeatureStatistics; got {type(given).__name__}."
+            )
+        return given.count, given.mean.numel()
 
 
 @dataclass(frozen=True, init=False)

@@ -37,6 +37,7 @@ from offramp.engines.diffusion.run import Runner
 from offramp.exits.denoising import DenoisingExit
 from offramp.policies.denoising import DENOISING_PARTS, Point
 from offramp.policies.skips import REGIONS, SKIPS, Layout, Skips
+from offramp.reduce.regions import Regions
 
 PARTS: dict[str, type] = {**DENOISING_PARTS, **REGIONS, **SKIPS, "DenoisingExit": DenoisingExit}
 """What a saved method or plan may name."""
@@ -170,23 +171,40 @@ class DiffusionModel:
         """
         return self.skips.points(self.layout, self.system.threshold) if self.skips is not None else ()
 
-    def run(self, points: Sequence[Point] | None = None, *, observe: bool = False, run: Runner | None = None) -> Denoiser:
-        """The denoiser that carries out some points, those of the published settings by default."""
+    def run(
+        self,
+        points: Sequence[Point] | None = None,
+        *,
+        regions: Regions | None = None,
+        observe: bool = False,
+        run: Runner | None = None,
+    ) -> Denoiser:
+        """The denoiser that carries out some points, or computes the tokens that ``regions`` say; by default the published settings."""
         if self.system.reduction is not None:
             if points or run is not None:
                 raise InvalidInput(f"{self.system.card.name} computes fewer tokens and takes neither points nor a runner.")
-            return RegionDenoiser(self.net, self.system.reduction, observe=observe)
+            return RegionDenoiser(self.net, self.system.reduction if regions is None else regions, observe=observe)
+        if regions is not None:
+            raise InvalidInput(f"{self.system.card.name} skips parts of the denoiser; a plan of tokens is for a method such as ras.")
         return Denoiser(self.net, self.points if points is None else points, observe=observe, run=run)
 
-    def view(self, points: Sequence[Point] | None = None, *, steps: Callable[[int], int] | None = None, run: Runner | None = None) -> Any:
+    def view(
+        self,
+        points: Sequence[Point] | None = None,
+        *,
+        regions: Regions | None = None,
+        steps: Callable[[int], int] | None = None,
+        run: Runner | None = None,
+    ) -> Any:
         """What carries out some points: a pipeline of the user's own class and call, or for a denoiser alone a `Denoiser`.
 
         Args:
             points: by default those of the published settings.
+            regions: which tokens are computed, of a method that computes some of them; by default as published.
             steps: how many steps the sampler takes where so many are asked for; by default what the method says.
             run: runs the segments; by default eagerly.
         """
-        return self.around(self.run(points, run=run), steps)
+        return self.around(self.run(points, regions=regions, run=run), steps)
 
     def around(self, denoiser: Denoiser, steps: Callable[[int], int] | None = None) -> Any:
         """`view` for a given denoiser."""
@@ -239,7 +257,7 @@ class DiffusionModel:
         used = scheduler if scheduler is not None else self.scheduler
         if used is None:
             raise InvalidInput("There is no scheduler: give scheduler=, here or to attach.")
-        denoiser = self.run(None if plan is None else plan.points)
+        denoiser = self.run() if plan is None else self.run(plan.points, regions=plan.regions)
         taken = self.skips if plan is None else plan
         return sample(denoiser, copy.deepcopy(used), noise, steps=steps if taken is None else taken.steps(steps), **options)
 

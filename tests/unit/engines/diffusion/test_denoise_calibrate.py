@@ -13,9 +13,10 @@ import torch
 from denoise_models import Toy
 from torch import Tensor
 
+import offramp
 from offramp import systems
-from offramp.budget import DriftLimit, MeanCost, Risk, best_cache_plan
-from offramp.cli.image_nets import EulerFlow
+from offramp.budget import DriftLimit, MeanCost, Quality, Risk, best_cache_plan
+from offramp.cli.image_nets import EulerFlow, SmallDiT
 from offramp.core.errors import ArtifactError, BudgetInfeasible, FingerprintMismatch, InvalidInput, OfframpWarning
 from offramp.core.noise import FlowMatching, LogSigma
 from offramp.engines.diffusion.calibrate import DenoisingPlan, calibrate_denoiser
@@ -154,6 +155,101 @@ def test_a_limit_on_drift_is_certified_on_held_out_samples(name: str) -> None:
         calibrate_denoiser(fast, DriftLimit(1e-6), **given(12))
 
 
+# ---- tokens and groups -----------------------------------------------------------------------------------------------------
+
+
+def small(name: str, blocks: int = 4, **arguments: Any) -> DiffusionModel:
+    """A method on a transformer over 16 tokens of an image."""
+    torch.manual_seed(0)
+    net = SmallDiT(2, 3, 8, depth=blocks, width=16, heads=2)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    example = {"sample": torch.randn(2, 2, 8, 8), "timestep": torch.tensor([500.0, 100.0]), "class_labels": torch.tensor([0, 1])}
+    system = systems.build(name, **arguments)
+    return attach_diffusion(net.eval(), system=system, scheduler=EulerFlow(), noise=FlowMatching(), example=example)
+
+
+def pictures(count: int = 12, seed: int = 0) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "noise": torch.randn(count, 2, 8, 8, generator=generator),
+        "inputs": {"class_labels": torch.randint(0, 3, (count,), generator=generator)},
+        "steps": STEPS,
+    }
+
+
+def spent(fast: DiffusionModel, plan: DenoisingPlan | None = None, regions: Any = None) -> float:
+    denoiser = fast.run(regions=regions) if plan is None else fast.run(plan.points, regions=plan.regions)
+    sample(denoiser, EulerFlow(), pictures(2)["noise"], steps=STEPS, inputs=pictures(2)["inputs"])
+    return denoiser.report.cost
+
+
+def test_a_share_of_the_tokens_is_the_largest_within_the_cost_and_is_what_runs(tmp_path: Path) -> None:
+    fast = small("ras", ratio=0.9, first=2, resets=(5,), multiple=1)
+    plan = calibrate_denoiser(fast, MeanCost(0.7), **pictures())
+    regions = plan.regions
+    assert regions is not None and plan.points == () and plan.certificate.items == 6
+    assert plan.cost.value == pytest.approx(spent(fast, plan)) and plan.cost.value <= 0.7
+    assert spent(fast, regions=dataclasses.replace(regions, ratio=regions.ratio + 1 / 16)) > 0.7, "one token more costs too much"
+    assert regions == dataclasses.replace(fast.system.reduction, ratio=regions.ratio)
+    plan.save(tmp_path)
+    assert DenoisingPlan.load(tmp_path) == plan and f"{regions.ratio:.4g} of the tokens" in str(plan)
+    some = pictures(3, seed=4)
+    got = fast.sample(some["noise"], steps=STEPS, plan=plan, inputs=some["inputs"])
+    compiled = offramp.compile(fast, plan)
+    assert torch.equal(got, sample(compiled, EulerFlow(), some["noise"], steps=STEPS, inputs=some["inputs"]))
+    assert compiled.report.cost == pytest.approx(plan.cost.value)
+    assert not torch.equal(got, fast.sample(some["noise"], steps=STEPS, inputs=some["inputs"])), "the published settings are others"
+    with pytest.raises(BudgetInfeasible, match="fewest of 16 tokens") as caught:
+        calibrate_denoiser(fast, MeanCost(0.3), **pictures())
+    assert caught.value.best > 0.3
+    with pytest.raises(InvalidInput, match="a plan of tokens is for a method such as ras"):
+        attached("deepcache").run(plan.points, regions=regions)
+
+
+def test_tokens_are_calibrated_for_drift_and_for_quality_too() -> None:
+    fast = small("ras", first=1, resets=(), multiple=1)
+    plan = calibrate_denoiser(fast, DriftLimit(0.3, above=0.9, delta=0.2), **pictures(64))
+    assert plan.certificate.guaranteed and plan.regions is not None and plan.cost.value < 1
+    full = fast.run(regions=dataclasses.replace(plan.regions, ratio=1.0))
+    real = torch.randn(50, 2, generator=torch.Generator().manual_seed(1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", OfframpWarning)
+        found = calibrate_denoiser(fast, Quality(0.02, lambda x: x.mean((2, 3)), real, 16), **pictures(32), runs=4, progress=False)
+        exact = calibrate_denoiser(fast, Quality(0.0, lambda x: x.mean((2, 3)), _own(full), 16), **pictures(32), runs=3, progress=False)
+    assert found.regions is not None and found.cost.value < 1 and found.certificate.realised["fid_increase"].value <= 0.02
+    assert exact.regions is not None and exact.regions.ratio == 1 and exact.cost.value == spent(fast, exact) == 1
+
+
+def _own(denoiser: Any) -> Tensor:
+    """Features of the images that `pictures(32)` are chosen by, as a denoiser makes them."""
+    some = pictures(32)
+    return sample(
+        denoiser, EulerFlow(), some["noise"][:16], steps=STEPS, inputs={"class_labels": some["inputs"]["class_labels"][:16]}
+    ).mean((2, 3))
+
+
+def test_groups_of_layers_keep_those_they_were_trained_with() -> None:
+    fast = small("latte-flow", groups=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plan = calibrate_denoiser(fast, MeanCost(0.7), **pictures())
+    assert plan.points == fast.points and plan.cost.value == pytest.approx(spent(fast)) and plan.cost.value <= 0.7
+    finer = small("latte-flow", groups=4)
+    cheapest = spent(finer)
+    with pytest.raises(BudgetInfeasible, match=r"groups=2 runs one group of 2 blocks .* groups=4 costs .* build it with that") as caught:
+        calibrate_denoiser(fast, MeanCost((cheapest + plan.cost.value) / 2), **pictures())
+    assert caught.value.best == pytest.approx(plan.cost.value)
+    with pytest.raises(BudgetInfeasible, match=f"Even groups=4, of one block each, costs {cheapest:.4g}: raise the cost"):
+        calibrate_denoiser(fast, MeanCost(0.9 * cheapest), **pictures())
+    with pytest.warns(OfframpWarning, match=f"groups=2 would cost {plan.cost.value:.4g}, still within 0.7"):
+        assert calibrate_denoiser(finer, MeanCost(0.7), **pictures()).cost.value == pytest.approx(cheapest)
+    for target in (DriftLimit(0.3), Quality(0.1, lambda x: x.mean((2, 3)), torch.randn(50, 2), 16)):
+        with pytest.raises(InvalidInput, match=r"no model to stay near to\. Calibrate it for MeanCost"):
+            calibrate_denoiser(fast, target, **pictures())
+
+
 # ---- plans -----------------------------------------------------------------------------------------------------------------
 
 
@@ -214,20 +310,14 @@ def test_bad_input_is_named() -> None:
         (MeanCost(0.5), {"calls": [{}]}, "of a pipeline"),
         (MeanCost(0.5), {**given(), "held_out": 1.0}, "held_out"),
         (MeanCost(0.5), given(1), "cannot be divided"),
+        (MeanCost(0.5), {**given(), "inputs": {"y": torch.tensor([1, 2, 3])}}, r"inputs\['y'\] is \(3,\) for 16 samples"),
     ]
     for target, options, words in bad:
         with pytest.raises(InvalidInput, match=words):
             calibrate_denoiser(fast, target, **options)
-    with pytest.raises(InvalidInput, match="settled by the arguments"):
-        calibrate_denoiser(_grouped(), MeanCost(0.5), **given())
     lone = DiffusionModel(fast.system, fast.net, fast.layout)
     with pytest.raises(InvalidInput, match="needs a scheduler"):
         calibrate_denoiser(lone, MeanCost(0.5), **given())
-
-
-def _grouped() -> DiffusionModel:
-    fast = attached("shallow")
-    return DiffusionModel(systems.build("latte-flow", groups=2), fast.net, dataclasses.replace(fast.layout), None, EulerFlow())
 
 
 def test_levels_of_training_and_places() -> None:
