@@ -15,7 +15,7 @@ from typing import Any, overload
 from torch import Tensor, nn
 
 from offramp import systems
-from offramp.budget import CostMethod, DriftLimit, MeanCost, Procedure, Target
+from offramp.budget import CostMethod, DriftLimit, MeanCost, Procedure, Quality, Target
 from offramp.budget import calibrate as calibrate_trace
 from offramp.budget.agreement import AcceptPlan
 from offramp.core.certificate import Plan
@@ -27,9 +27,10 @@ from offramp.engines.classify import engine as classify
 from offramp.engines.classify.engine import Runner
 from offramp.engines.classify.modes import Mode
 from offramp.engines.classify.record import record as record_trace
-from offramp.engines.diffusion.calibrate import DenoisingPlan, calibrate_denoiser
+from offramp.engines.diffusion.calibrate import calibrate_denoiser
 from offramp.engines.diffusion.graphs import Captured
 from offramp.engines.diffusion.model import STEM, DiffusionModel, attach_diffusion, changed, check_model, is_pipeline, saved
+from offramp.engines.diffusion.plan import DenoisingPlan
 from offramp.engines.text.generator import TextGenerator, text_generator
 from offramp.engines.text.planner import SpeculationPlan
 from offramp.exits.cached import Adapter, Block
@@ -239,7 +240,7 @@ def _compile_diffusion(
         plan.check(net)
     wanted = net.net.device.type == "cuda" and net.system.reduction is None if captured is None else captured
     run = Captured(net.net.device, compiled=compiled) if wanted or compiled else None
-    return net.view(run=run) if plan is None else net.view(plan.points, steps=plan.steps, run=run)
+    return net.view(run=run) if plan is None else net.view(plan.points, regions=plan.regions, steps=plan.steps, run=run)
 
 
 def _load_diffusion(
@@ -453,7 +454,7 @@ def calibrate(trace: Trace, rule: Rule, target: Target, *, method: CostMethod | 
 
 
 @overload
-def calibrate(trace: DiffusionModel, target: MeanCost | DriftLimit, **options: Any) -> DenoisingPlan: ...
+def calibrate(trace: DiffusionModel, target: MeanCost | DriftLimit | Quality, **options: Any) -> DenoisingPlan: ...
 
 
 def calibrate(trace: Any, *arguments: Any, **options: Any) -> Any:
@@ -461,7 +462,8 @@ def calibrate(trace: Any, *arguments: Any, **options: Any) -> Any:
 
     Args:
         trace: what `record` gave; or a `DiffusionModel`.
-        arguments: the rule and the target; for a diffusion method the target, `MeanCost` or `offramp.budget.DriftLimit`. They may be named.
+        arguments: the rule and the target; for a diffusion method the target: `MeanCost`, `offramp.budget.DriftLimit` or
+            `offramp.budget.Quality`. They may be named.
         options: of a trace ``method`` and ``level``, see `offramp.budget.calibrate`; of a diffusion method ``calls`` of the pipeline or
             ``noise``, ``steps``, ``data``, ..., see `offramp.engines.diffusion.calibrate.calibrate_denoiser`.
 
