@@ -11,7 +11,6 @@ Shapes: ``N`` tokens, ``K`` exits, ``T`` texts, ``M`` thresholds from strict to 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -27,6 +26,7 @@ from offramp.budget.risk_control import CRC, LTT, DesignedPath, Procedure, Share
 from offramp.budget.targets import Risk
 from offramp.core.certificate import Certificate, Estimate
 from offramp.core.errors import InvalidInput, NoEffectWarning
+from offramp.core.warn import warn
 
 # ------------------------------------------------------------------------------------------------------------------- by tolerance
 
@@ -312,11 +312,10 @@ def certify_table(
     nothing = Estimate(0.0, 0.0, 0.0)
     gone, lost = (nothing, nothing) if at is None else (mean_estimate(left[:, at]), mean_estimate(losses[:, at]))
     if math.isinf(threshold):
-        warnings.warn(
+        warn(
             f"No threshold is certified to keep disagreement at {risk.limit:g} with {losses.shape[0]} texts, so no token leaves. Give more "
             "texts or a higher limit.",
             NoEffectWarning,
-            stacklevel=2,
         )
     what = "Mean share of a text's tokens that leave with another token than the full model's"
     how, delta = "in expectation over calibration texts", None

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import os
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,6 +25,7 @@ from offramp.budget.risk_control import CRC, LTT, Procedure
 from offramp.core.bundle import load_bundle, save_bundle
 from offramp.core.certificate import Certificate, Estimate
 from offramp.core.errors import ArtifactError, BudgetInfeasible, FingerprintMismatch, InvalidInput, NoEffectWarning
+from offramp.core.warn import warn
 
 Run = Callable[[float], ArrayLike | Tensor]
 """From a threshold to the cost of each sample ``[N]`` at it, as a share of the full model's; the same samples and noise every time."""
@@ -173,10 +173,9 @@ def threshold_for_cost(
     at_low, at_high = mean(low), mean(high)
     dear, cheap = (low, high) if at_low >= at_high else (high, low)
     if max(at_low, at_high) <= limit:
-        warnings.warn(
+        warn(
             f"Even threshold {dear:g} costs {max(at_low, at_high):.4g}, within the target {target:g}: widen the range to spend the rest.",
             NoEffectWarning,
-            stacklevel=2,
         )
     elif min(at_low, at_high) <= limit:
         best = min(at_low, at_high)
@@ -342,11 +341,10 @@ def threshold_for_quality(
         raise _uncertified(sample, limit, procedure, t)
     at = min(np.flatnonzero(certified), key=lambda m: (costs[m].value, m))
     if exact_first and at == 0:
-        warnings.warn(
+        warn(
             f"No setting but the exact one is certified to keep drift at {limit.limit:g} and costs less, with {far.shape[0]} samples. Give "
             "more samples, gentler settings or a higher limit.",
             NoEffectWarning,
-            stacklevel=2,
         )
     return ThresholdPlan(
         float(t[at]),

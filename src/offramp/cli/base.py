@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +22,7 @@ from offramp.core.errors import InvalidInput, OfframpWarning
 from offramp.core.protocols import Rule
 from offramp.core.system import System
 from offramp.core.trace import LatencyTable, Trace
+from offramp.core.warn import warn
 from offramp.engines.classify.record import record as record_trace
 from offramp.network import MultiExit, load
 from offramp.policies.threshold import Confidence
@@ -108,11 +108,10 @@ def note_items(run: RunFlags, verb: str, items: DataFlags) -> None:
         if earlier == verb:
             break
         if earlier in used and _overlap(used[earlier], mine):
-            warnings.warn(
+            warn(
                 f"These items (part {items.part}) include some of what {why} (part {used[earlier]['part']} in `{earlier}`): what they "
                 "show is flattered, and a promise made on them does not hold. Give each command its own --part.",
                 OfframpWarning,
-                stacklevel=2,
             )
     write_json(path, {**used, verb: mine})
 

@@ -18,6 +18,7 @@ from offramp.core.bundle import read_json, write_json
 from offramp.core.certificate import Plan
 from offramp.core.errors import InvalidInput, NoEffectWarning, NoSavingWarning
 from offramp.core.trace import Trace
+from offramp.core.warn import warn
 from offramp.engines.classify import engine as classify
 from offramp.measure.clock import compare, environment
 from offramp.measure.pareto import Curve, anytime_curve, interpolate, random_exit, upper_hull
@@ -169,11 +170,10 @@ def bench(
     table("Milliseconds per batch", ("mode", "batch", "full model", "plan", "plan p95", "times as fast", "exit efficiency"), rows)
     for result in results:
         if result["median_ms"] > result["full_ms"] and result["shares"][-1] < 1:
-            warnings.warn(
+            warn(
                 f"{result['name']}: the plan leaves early and still takes {result['median_ms'] / result['full_ms']:.2f} times as long as "
                 "the full model here. Try larger batches, or run the model as it is.",
                 NoSavingWarning,
-                stacklevel=2,
             )
 
 

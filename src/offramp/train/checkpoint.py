@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import shutil
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from offramp.core.bundle import load_bundle, save_bundle
 from offramp.core.errors import ArtifactError, InvalidInput, OfframpWarning
+from offramp.core.warn import warn
 
 _PREFIX = "step-"
 _TEMPORARY = ".tmp-"
@@ -140,10 +140,9 @@ def newest_checkpoint(root: Path) -> dict[str, Any] | None:
             problems.append(f"{folder.name}: {error}")
             continue
         if problems:
-            warnings.warn(
+            warn(
                 f"Damaged checkpoints were passed over; training resumes from {folder.name}. {' '.join(problems)}",
                 OfframpWarning,
-                stacklevel=2,
             )
         return state
     if problems:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from offramp.core.bundle import write_text
 from offramp.core.errors import OfframpWarning
+from offramp.core.warn import warn
 
 
 class MetricsLog:
@@ -35,10 +35,9 @@ class MetricsLog:
             return
         self.records = read_metrics(self._path)[:keep]
         if len(self.records) < keep:
-            warnings.warn(
+            warn(
                 f"{self._path} holds {len(self.records)} of the {keep} lines the checkpoint knows of; the rest is lost.",
                 OfframpWarning,
-                stacklevel=2,
             )
         if not self._write:
             return

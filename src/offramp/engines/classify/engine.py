@@ -12,7 +12,6 @@ This file is the way in: what is run, and on which inputs. Stages run in `host.p
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -24,6 +23,7 @@ from offramp.core.batches import unpack_batch
 from offramp.core.certificate import Plan
 from offramp.core.errors import InvalidInput, NoEffectWarning, NoSavingWarning
 from offramp.core.trace import LatencyTable
+from offramp.core.warn import warn
 from offramp.engines.classify import host
 from offramp.engines.classify.graph_stream import Streams
 from offramp.engines.classify.graphs import MAX_SIGNATURES, GraphLoop, quota_pipeline
@@ -276,7 +276,7 @@ def compile(  # noqa: A001 - the verb, as in torch.compile
     if isinstance(mode, Quota):
         decide = [share > 0 for share in plan.shares[:-1]]
     if not any(decide):
-        warnings.warn("The plan never leaves early, so this runs the model as it is.", NoEffectWarning, stacklevel=2)
+        warn("The plan never leaves early, so this runs the model as it is.", NoEffectWarning)
     use_graphs = graphs if graphs is not None else net.device.type == "cuda"
     guaranteed = plan.certificate is not None and plan.certificate.guaranteed
     with torch.inference_mode():
@@ -302,7 +302,7 @@ def compile(  # noqa: A001 - the verb, as in torch.compile
                 runner.loop_table(size)
         if losing and len(losing) == sum(decide):
             kept = "the model runs as it is" if runner.dropped else "they are kept, as asked or because a guarantee is about exactly them"
-            warnings.warn(f"No exit of this plan pays on this machine; {kept}.", NoSavingWarning, stacklevel=2)
+            warn(f"No exit of this plan pays on this machine; {kept}.", NoSavingWarning)
         runner.table = table
     return runner
 
