@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import warnings
+from pathlib import Path
 from types import CodeType
 from typing import Any
 
@@ -13,6 +15,8 @@ from torch import nn
 import offramp
 from offramp.core.errors import NoEffectWarning, OfframpWarning
 from offramp.core.warn import warn
+
+SOURCE = Path(offramp.__file__).parent
 
 
 def function_of(package: str, code: str, **known: Any) -> Any:
@@ -50,3 +54,9 @@ def test_the_verbs_point_at_the_users_line() -> None:
         offramp.compile(net, never)
         offramp.calibrate(trace, offramp.Confidence(), offramp.Risk(max_disagreement=1e-4))
     assert [w.filename for w in found] == [__file__] * 2 and found[0].lineno + 1 == found[1].lineno
+
+
+def test_no_other_module_counts_frames() -> None:
+    """A number of frames is right for one way of calling and wrong for the next."""
+    direct = [p for p in SOURCE.rglob("*.py") if re.search(r"\bwarnings\.warn\(", p.read_text())]
+    assert direct == [SOURCE / "core" / "warn.py"]

@@ -7,7 +7,6 @@ several thresholds, since there a decision changes what all later steps see.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,6 +17,7 @@ from torch import Tensor
 from offramp.backbones.taps import first_tensor
 from offramp.budget import NoiseBins, best_cache_plan, best_schedule, threshold_for_cost
 from offramp.core.errors import BudgetInfeasible, InvalidInput, OfframpWarning
+from offramp.core.warn import warn
 from offramp.engines.diffusion.denoise import Denoiser
 from offramp.engines.diffusion.losses import Follower, depth_losses
 from offramp.engines.diffusion.model import DiffusionModel
@@ -241,11 +241,10 @@ class Chooser:
                 unit=UNIT,
             )
         if fitting < skips.groups:
-            warnings.warn(
+            warn(
                 f"{own} {spent[skips.groups]:.4g} of the full model; groups={fitting} would cost {spent[fitting]:.4g}, still within "
                 f"{cost:g}. Build and train it with that to spend the rest.",
                 OfframpWarning,
-                stacklevel=4,
             )
         return Choice(points, f"one of {skips.groups} groups of blocks at every step, by noise level, as it was built")
 

@@ -10,7 +10,6 @@ Shapes: ``N`` images, ``D`` dimensions of their features.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -26,6 +25,7 @@ from offramp.budget.replay import mean_estimate
 from offramp.core.certificate import Certificate, Estimate
 from offramp.core.errors import InvalidInput, NoEffectWarning, OfframpWarning
 from offramp.core.modes import evaluating
+from offramp.core.warn import warn
 from offramp.engines.diffusion.choose import Choice, Chooser
 from offramp.engines.diffusion.plan import DenoisingPlan, MeasuredSetting
 from offramp.engines.diffusion.samples import Samples
@@ -243,18 +243,16 @@ class FidSearch:
                 else f" The nearest was {nearest.choice.how}, at {nearest.mean_cost:.4g} of the cost and a FID higher by "
                 f"{nearest.fid - full.fid:.4g}."
             )
-            warnings.warn(
+            warn(
                 f"No setting of {name} that was run costs less than the full model and raises the FID by at most {limit:g}, so the plan "
                 f"skips nothing.{closest} Raise max_fid_increase, give more runs=, or take another method.",
                 NoEffectWarning,
-                stacklevel=4,
             )
         if half > limit:
-            warnings.warn(
+            warn(
                 f"With {count:,} images a FID increase of {limit:g} cannot be told from chance: its {self.target.level:.0%} interval "
                 f"reaches about {half:.2g} to either side. Give more samples (it narrows as one over their root) or a higher limit.",
                 OfframpWarning,
-                stacklevel=4,
             )
 
 

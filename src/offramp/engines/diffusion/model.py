@@ -10,7 +10,6 @@ import copy
 import functools
 import inspect
 import os
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +28,7 @@ from offramp.core.modes import evaluating
 from offramp.core.noise import FlowMatching, NoiseScale, VariancePreserving
 from offramp.core.parts import part_from_dict, part_to_dict
 from offramp.core.system import System
+from offramp.core.warn import warn
 from offramp.diffusion import DenoisingNet, attach_denoiser, uncut_denoiser
 from offramp.engines.diffusion.denoise import Denoiser
 from offramp.engines.diffusion.pipeline import pipeline_view, sample
@@ -231,11 +231,10 @@ class DiffusionModel:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         output = self.published(*args, **kwargs)
         if self.pipe is not None and self.points and not (self.report.fired >= 0).any():
-            warnings.warn(
+            warn(
                 f"{self.system.card.name} skipped nothing in this call of {self.report.depth.shape[1]} steps. Build it with other "
                 "settings, or calibrate it for a cost.",
                 NoEffectWarning,
-                stacklevel=2,
             )
         return output
 

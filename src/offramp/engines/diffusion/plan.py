@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ from offramp.core.bundle import load_bundle, save_bundle
 from offramp.core.certificate import Certificate, Estimate
 from offramp.core.errors import ArtifactError, FingerprintMismatch, OfframpWarning
 from offramp.core.parts import part_from_dict, part_to_dict
+from offramp.core.warn import warn
 from offramp.engines.diffusion.model import PARTS, DiffusionModel
 from offramp.policies.denoising import Point
 from offramp.policies.skips import FewerSteps
@@ -82,11 +82,10 @@ class DenoisingPlan:
             )
         sampler = type(net.scheduler).__name__
         if net.scheduler is not None and sampler != self.made_with["sampler"]:
-            warnings.warn(
+            warn(
                 f"The plan was made with {self.made_with['sampler']} and runs with {sampler}: it goes by noise level and stays valid, but "
                 "its cost and drift were measured for the other.",
                 OfframpWarning,
-                stacklevel=3,
             )
 
     def save(self, folder: str | os.PathLike[str]) -> None:

@@ -14,7 +14,6 @@ Shapes: ``B`` rows of a call, ``N`` tokens of an image, ``k`` of them that are c
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -28,6 +27,7 @@ from offramp.backbones.image_tokens import ImageTokens, TokenStore, prediction, 
 from offramp.core.errors import InvalidInput, NoEffectWarning
 from offramp.core.flops import counter
 from offramp.core.noise import NoiseScale
+from offramp.core.warn import warn
 from offramp.diffusion import Call, DenoisingNet, uncut_denoiser
 from offramp.engines.diffusion.denoise import Denoiser
 from offramp.engines.diffusion.pipeline import pipeline_view
@@ -191,11 +191,10 @@ class RegionDenoiser(Denoiser):
             step = TokenStep(self.image_tokens, self.regions, grid, sample.shape[1], kept)
             self.regions.focus(output[:, : step.channels], grid)  # a measure that does not apply says so here
             if self.regions.ratio < 1 and tokens <= self.regions.multiple:
-                warnings.warn(
+                warn(
                     f"An image of {tokens} tokens, rounded up to a multiple of {self.regions.multiple}: all are computed at every step and "
                     "nothing is saved. Give Regions a smaller multiple.",
                     NoEffectWarning,
-                    stacklevel=3,
                 )
             self._forms[call.key] = _Form(tokens, step, {tokens: int(counted.get_total_flops()) // rows})
         form = self._forms[call.key]
