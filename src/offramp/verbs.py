@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, overload
 
+import torch
 from torch import Tensor, nn
 
 from offramp import systems
@@ -145,10 +146,8 @@ def _fit_language(
 
 def _blocks(data: Any, tokenizer: Any, block: int) -> Tensor | None:
     """Blocks of tokens ``[N, T]`` of texts in any form, or ``None`` for what is a loader already."""
-    if isinstance(data, Tensor):
-        if data.ndim != 2 or data.is_floating_point():
-            raise InvalidInput(f"Blocks of tokens are whole numbers [blocks, tokens], got {data.dtype} of shape {tuple(data.shape)}.")
-        return data
+    if hasattr(data, "__array__"):  # of numpy, or a tensor; text_loader says what is wrong with it
+        return torch.as_tensor(data)
     if isinstance(data, str) and not Path(data).is_dir():
         raise InvalidInput(
             f"A string is the name of a folder of texts, and there is none at {data[:80]!r}. Give one text as a list: [text]."
@@ -305,28 +304,37 @@ KINDS: tuple[Kind, ...] = (
 """Kinds of networks; `attach` takes the first that recognises a model, so the most general is last."""
 
 
-def _call(kind: Kind, verb: str, *arguments: Any, **options: Any) -> Any:
+def _call(kind: Kind, verb: str, /, *arguments: Any, **options: Any) -> Any:
     """Carry out a verb; options that belong to another kind are refused by name."""
     if verb not in kind.verbs:
         raise InvalidInput(f"{verb} of {kind.words} is not known; it has {', '.join(kind.verbs)}.")
-    function, known = kind.verbs[verb], _names(kind, verb)
-    if wrong := [name for name in options if name not in known]:
-        others = [k.words for k in KINDS if k is not kind and verb in k.verbs and set(wrong) <= set(_names(k, verb))]
+    function = kind.verbs[verb]
+    says_why = verb not in kind.passed and any(p.kind is p.VAR_KEYWORD for p in inspect.signature(function).parameters.values())
+    if not says_why and (wrong := _unknown(kind, verb, options, len(arguments))):
+        others = [k.words for k in KINDS if k is not kind and verb in k.verbs and not _unknown(k, verb, wrong, len(arguments))]
         where = f" {'They belong' if len(wrong) > 1 else 'It belongs'} to {' or '.join(others)}." if others else ""
-        raise InvalidInput(
-            f"{verb} of {kind.words} takes no {', '.join(wrong)}.{where} It takes {', '.join(n for n in known if n not in _FIRST)}."
-        )
+        takes = ", ".join(p.name for p in _parameters(kind, verb) if not _needed(p)) or "no options"
+        raise InvalidInput(f"{verb} of {kind.words} takes no {', '.join(wrong)}.{where} It takes {takes}.")
     return function(*arguments, **options)
 
 
-_FIRST = ("net", "model", "folder", "train_loader", "data", "loader")
+def _unknown(kind: Kind, verb: str, options: Iterable[str], given: int) -> list[str]:
+    """Names among the options that nothing reads, where so many arguments stand before them."""
+    known = {p.name for place, p in enumerate(_parameters(kind, verb), 1) if place >= given or not _needed(p)}
+    return [name for name in options if name not in known]
 
 
-def _names(kind: Kind, verb: str) -> tuple[str, ...]:
-    """What may be given by name."""
-    functions = [kind.verbs[verb], *([kind.passed[verb]] if verb in kind.passed else [])]
-    given = [parameter for function in functions for parameter in inspect.signature(function).parameters.values()]
-    return tuple(dict.fromkeys(p.name for p in given if p.kind is not inspect.Parameter.VAR_KEYWORD))
+def _needed(parameter: inspect.Parameter) -> bool:
+    """Whether it is one of those that the verb itself is called with, such as a loader."""
+    return parameter.kind is parameter.POSITIONAL_OR_KEYWORD and parameter.default is parameter.empty
+
+
+def _parameters(kind: Kind, verb: str) -> list[inspect.Parameter]:
+    """What a verb takes behind the network or the model: its own function, then the options of the one that it passes others on to."""
+    own = [*inspect.signature(kind.verbs[verb]).parameters.values()][1:]
+    if verb in kind.passed:
+        own += [p for p in inspect.signature(kind.passed[verb]).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    return [p for p in own if p.kind is not p.VAR_KEYWORD]
 
 
 def _kind_of(net: Any, verb: str) -> Kind:
@@ -419,7 +427,7 @@ def fit(net: Any, data: Any, recipe: Recipe | None = None, **options: Any) -> Fi
     Args:
         net: from `attach` or `load`.
         data: a loader. For a language model also: strings or lists of token ids, the name of a folder of texts or of a saved data set, or
-            blocks of tokens ``[N, T]``.
+            blocks of tokens ``[N, T]``, a tensor or an array of whole numbers.
         recipe: how; by default that of the network's system, else `Joint`; for a language model, its exits alone learn what the model says.
         options: ``epochs`` (needed), ``output_dir``, ``optimizer``, ``mixed_precision``, ... For a language model also ``tokenizer`` for
             texts that are strings, ``block`` (tokens of a block, 512), ``batch_size`` (8) and ``eval_data`` (in any form of ``data``).

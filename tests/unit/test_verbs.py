@@ -134,6 +134,17 @@ def test_texts_in_any_form_train_alike(model, tmp_path):
     assert torch.equal(lm.heads[0].norm.weight, expected)
 
 
+def test_tokens_in_any_width_train_alike(model):
+    """Files of tokens hold 16 bits, tokenizers give 32 or 64."""
+    blocks = packed(TEXTS, word_tokenizer(), 6)
+    expected = trained(model, blocks)
+    for dtype in (torch.int32, torch.int16, torch.uint8):
+        assert torch.equal(trained(model, blocks.to(dtype)), expected)
+    assert torch.equal(trained(model, blocks.numpy().astype("uint16")), expected)
+    loader = [{"input_ids": blocks[:2].int(), "labels": blocks[:2].int()}]
+    assert torch.equal(trained(model, loader), trained(model, [{k: v.long() for k, v in loader[0].items()}]))
+
+
 def test_evaluation_data_too(model):
     lm = offramp.attach(model, exits=[2], head="norm")
     blocks = packed(TEXTS, word_tokenizer(), 6)
@@ -203,6 +214,30 @@ def test_a_plan_of_the_other_kind_is_refused(model, net):
         offramp.record(lm, [])
     with pytest.raises(InvalidInput, match=r"what attach or load made"):
         offramp.compile(model, offramp.Plain())
+
+
+def test_what_may_be_given_is_listed_by_the_names_that_a_user_gives(model, net, tmp_path):
+    """Names inside the library, and what the verb itself is called with, are no options: given as such they are refused too."""
+    lm = offramp.attach(model, exits=[2])
+    lm.save(tmp_path)
+    calls = {
+        "lm": lambda **o: offramp.compile(lm, offramp.Plain(), **o),
+        "train_loader": lambda **o: offramp.fit(net, [], **o),
+        "data": lambda **o: offramp.attach(model, exits=[1], **o),
+        "model": lambda **o: offramp.compile(net, never(net, offramp.Confidence()), **o),
+        "loader": lambda **o: offramp.fit(lm, TEXTS, **o),
+        "trace": lambda **o: offramp.load(model, tmp_path, **o),
+    }
+    inside = {"net", "lm", "model", "folder", "train_loader", "data", "loader", "trace"}
+    for name, call in calls.items():
+        with pytest.raises(InvalidInput, match=rf"takes no {name}\.") as error:
+            call(**{name: 1})
+        listed = str(error.value).rpartition("It takes ")[2].rstrip(".").split(", ")
+        assert listed and not inside & set(listed), listed
+    with pytest.raises(InvalidInput, match=r"takes no nonsense\. It takes no options\.$"):
+        offramp.load(model, tmp_path, nonsense=1)
+    with pytest.raises(InvalidInput, match=r"takes no nonsense\. It takes rules,"):
+        offramp.record(net, [], nonsense=1)
 
 
 # ---- load, report --------------------------------------------------------------------------------------------------------------

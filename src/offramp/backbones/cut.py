@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +26,8 @@ from offramp.core.errors import InvalidInput, NotCuttable, OfframpWarning
 from offramp.core.flops import counter
 from offramp.core.modes import evaluating
 from offramp.core.types import BackboneSpec, SegmentSpec
+from offramp.core.warn import warn
+from offramp.core.whole import as_whole
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ class Cut:
         return tuple(found)
 
     def begin(self, *args: Any, **kwargs: Any) -> CutState:
-        """Bind inputs, given as they are given to the model.
+        """Bind inputs, given as they are given to the model. Whole numbers may be of another width than those of the example.
 
         Raises:
             InvalidInput: another structure, dtype, rank or constant than the example the model was cut with.
@@ -135,6 +136,9 @@ class Cut:
                         "or give the example a tensor there if the model takes one."
                     )
                 continue
+            if isinstance(leaf, Tensor):  # token ids, say, in 32 bits
+                whole = as_whole(leaf, expected.dtype)
+                leaf = leaf if whole is None else whole
             if not isinstance(leaf, Tensor) or leaf.ndim != expected.ndim or leaf.dtype != expected.dtype:
                 given = f"{leaf.dtype} of rank {leaf.ndim}" if isinstance(leaf, Tensor) else type(leaf).__name__
                 raise InvalidInput(f"Input {name!r} is {given}; expected a tensor of {expected.dtype} and rank {expected.ndim}.")
@@ -534,11 +538,10 @@ def _verify(made: Cut, args: Any, kwargs: Any, reference: Any, states: Mapping[s
             )
     if off:
         made.exact = False
-        warnings.warn(
+        warn(
             f"The segments equal the model up to rounding only (largest difference {off:.3g}): exported, it takes other kernels than in an "
             "ordinary forward. torch.nn.TransformerEncoder does so unless torch.backends.mha.set_fastpath_enabled(False).",
             OfframpWarning,
-            stacklevel=4,
         )
     for i, (got, want) in enumerate(zip(tree_flatten(made.end(some))[0], tree_flatten(whole)[0], strict=True)):
         for dim in made.batch_dims.get(f"out{i}", ()):

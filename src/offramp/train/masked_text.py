@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from offramp.backbones.masked_lm import bidirectional
 from offramp.core.errors import InvalidInput
 from offramp.core.modes import modes_kept
+from offramp.core.whole import is_whole
 
 LEAST_SHARE = 1e-3
 """Smallest share that is hidden, so that no weight is unbounded (LLaDA's released code)."""
@@ -103,7 +104,7 @@ def fit_masked(
 
     Args:
         model: is changed, on whichever device it is.
-        blocks: int64 ``[N, T]`` tokens, as `offramp.train.packed` gives them.
+        blocks: whole numbers ``[N, T]``, tokens as `offramp.train.packed` gives them.
         mask_token_id: a token that does not occur in them.
         steps: optimizer steps, at least 1.
         batch_size: texts of a step.
@@ -119,8 +120,11 @@ def fit_masked(
     Raises:
         InvalidInput: an argument is out of range, or the mask occurs in the texts.
     """
-    if blocks.ndim != 2 or blocks.dtype != torch.int64 or not len(blocks):
-        raise InvalidInput(f"blocks must be token ids, int64 [N, T] with N >= 1; got {blocks.dtype} of shape {tuple(blocks.shape)}.")
+    if blocks.ndim != 2 or not is_whole(blocks) or not len(blocks):
+        raise InvalidInput(
+            f"blocks must be token ids, whole numbers [N, T] with N >= 1; got {blocks.dtype} of shape {tuple(blocks.shape)}."
+        )
+    blocks = blocks.long()
     if bool((blocks == mask_token_id).any()):
         raise InvalidInput(f"The mask token {mask_token_id} occurs in the texts; it must stand for nothing else.")
     if steps < 1 or batch_size < 1 or not 0 <= warmup <= 1 or not 0 <= prefix <= 1:

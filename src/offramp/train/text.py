@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from offramp.backbones import Taps
 from offramp.core.errors import InvalidInput, MissingExtra
+from offramp.core.whole import is_whole
 from offramp.language import LanguageModel
 from offramp.network import Example, Exit, MultiExit, answer
 
@@ -33,11 +34,11 @@ IGNORED = -100
 class NextToken:
     """Cross-entropy of each token given those before it, averaged over a text's counted tokens.
 
-    Labels are the tokens themselves (int64 ``[B, T]``), `IGNORED` where a token is not to be learned; they are shifted here.
+    Labels are the tokens themselves (whole numbers ``[B, T]``), `IGNORED` where a token is not to be learned; they are shifted here.
     """
 
     def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
-        wanted = labels[:, 1:]
+        wanted = labels[:, 1:].long()
         losses = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), wanted.flatten(), ignore_index=IGNORED, reduction="none")
         counted = (wanted != IGNORED).sum(1).clamp(min=1)
         return losses.view(wanted.shape).sum(1) / counted
@@ -48,10 +49,11 @@ class NextToken:
         Raises:
             InvalidInput: wrong shape or dtype, or an id outside the vocabulary.
         """
-        if labels.ndim != 2 or labels.dtype != torch.int64 or labels.shape[1] < 2:
+        if labels.ndim != 2 or not is_whole(labels) or labels.shape[1] < 2:
             raise InvalidInput(
-                f"Labels of texts are token ids, int64 [B, T] with T >= 2; got {labels.dtype} of shape {tuple(labels.shape)}."
+                f"Labels of texts are token ids, whole numbers [B, T] with T >= 2; got {labels.dtype} of shape {tuple(labels.shape)}."
             )
+        labels = labels.long()
         known = labels[labels != IGNORED]
         if known.numel() and (int(known.min()) < 0 or int(known.max()) >= width):
             raise InvalidInput(
@@ -152,8 +154,14 @@ class _Blocks(Dataset[dict[str, Tensor]]):
 
 
 def text_loader(blocks: Tensor, batch_size: int, *, shuffle: bool = True) -> DataLoader[dict[str, Tensor]]:
-    """A loader of blocks (int64 ``[N, T]``, from `packed`) for `fit`: inputs and labels are the same tokens."""
-    return DataLoader(_Blocks(blocks), batch_size=batch_size, shuffle=shuffle)
+    """A loader of blocks (whole numbers ``[N, T]``, as `packed` gives them) for `fit`: inputs and labels are the same tokens.
+
+    Raises:
+        InvalidInput: the blocks are no whole numbers, or of another shape.
+    """
+    if blocks.ndim != 2 or not is_whole(blocks):
+        raise InvalidInput(f"Blocks of tokens are whole numbers [blocks, tokens], got {blocks.dtype} of shape {tuple(blocks.shape)}.")
+    return DataLoader(_Blocks(blocks.long()), batch_size=batch_size, shuffle=shuffle)
 
 
 # ---- the model -----------------------------------------------------------------------------------------------------------
