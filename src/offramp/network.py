@@ -55,6 +55,20 @@ def answer(output: Any) -> Tensor:
     )
 
 
+@dataclass(frozen=True)
+class OneNumber:
+    """The answer of a model that gives one number for each item: ``[B]`` seen as ``[B, 1]``, so that it has the shape of every exit's.
+
+    Attributes:
+        select: picks the answer out of the model's output.
+    """
+
+    select: Callable[[Any], Tensor]
+
+    def __call__(self, output: Any) -> Tensor:
+        return self.select(output).unsqueeze(-1)
+
+
 class Example(NamedTuple):
     """Inputs to shape a network by: how forward is called, with two rows."""
 
@@ -121,7 +135,8 @@ class Exit:
 class MultiExit(nn.Module):
     """A model with exits. Made by `attach`.
 
-    ``forward`` takes what the model takes and returns K logits ``[B, C]``, the model's own answer last.
+    ``forward`` takes what the model takes and returns K logits ``[B, C]``, the model's own answer last; one number for each item, ``[B]``,
+    is ``[B, 1]`` here.
 
     Attributes:
         model: the user's network, untouched.
@@ -205,6 +220,15 @@ class MultiExit(nn.Module):
         segments = torch.tensor([s.flops for s in self.cut().spec.segments], dtype=torch.float64)
         heads = torch.tensor([*(e.head_flops for e in self.exits), 0], dtype=torch.float64)
         return segments.cumsum(0) + heads.cumsum(0), float(segments.sum())
+
+    def head_costs(self) -> Tensor | None:
+        """``[K]`` FLOPs per item of each exit's own head, 0 for the model's own output (float64).
+
+        ``None`` where a head reads the answers of earlier ones, so that these run whether anybody may leave there or not.
+        """
+        if any(getattr(head, "needs_previous", False) for head in self.heads):
+            return None
+        return torch.tensor([*(e.head_flops for e in self.exits), 0], dtype=torch.float64)
 
     def fingerprint(self) -> str:
         """Of the model and its heads: what a trace, a plan and its certificate are about. Heads trained further are other heads."""
@@ -335,6 +359,14 @@ def attach(
 
     with torch.no_grad(), evaluating(model), Taps(model, paths) as taps:
         final = select(_called(model, placed))
+        if not isinstance(final, Tensor) or final.ndim == 0:
+            what = f"one number, {final:.4g}, for the whole batch" if isinstance(final, Tensor) else f"a {type(final).__name__}"
+            raise InvalidInput(
+                f"The answer of {type(model).__name__} is {what}; expected logits [B, C], or [B] of one number for each item. A loss is "
+                "no answer: leave labels out of the example, or pick the answer out of the model's output with select=."
+            )
+        if final.ndim == 1:
+            select, final = OneNumber(select), final.unsqueeze(-1)
         states = dict(zip(paths, taps.states, strict=True))
         order = list(taps.order)
     for path in paths:
@@ -345,7 +377,7 @@ def attach(
                 reason="output",
                 path=path,
             )
-    width = num_outputs if num_outputs is not None else int(final.shape[-1]) if final.ndim > 1 else 1
+    width = num_outputs if num_outputs is not None else int(final.shape[-1])
     given: Any = head if head is not None else (system.head if system is not None and system.head is not None else PooledLinear())
     specs = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given] * len(paths)
     if len(specs) != len(paths):

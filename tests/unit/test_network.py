@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import re
+import warnings
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,12 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from offramp.backbones import repeated_blocks
+from offramp.budget import Risk, calibrate
 from offramp.core.certificate import Plan
 from offramp.core.errors import ArtifactError, FingerprintMismatch, InvalidInput, NoEffectWarning, NotCuttable
 from offramp.engines.classify.engine import Latency, Quota, Throughput, compile
+from offramp.engines.classify.record import record
+from offramp.engines.classify.stages import exit_costs
 from offramp.exits import MLP, AttentionHead, Cascade, ConvPoolLinear, Evenly, EveryBlock, PooledLinear, TokenPool
+from offramp.measure.quality import outcome
 from offramp.network import answer, as_example, attach, load, load_plan, never
-from offramp.policies import Confidence, HaltingCDF
+from offramp.policies import Confidence, HaltingCDF, OutputStability, Patience
+from offramp.train import fit
 
 
 class Plain(nn.Module):
@@ -470,6 +477,106 @@ def test_which_tensor_is_the_answer():
         run = compile(net, never(net, Confidence()), graphs=False)
     with torch.no_grad():
         assert torch.equal(run(*vectors(3)).output, net.model(*vectors(3)).answer)
+
+
+def test_one_number_for_each_item():
+    """A model that answers ``[B]`` answers ``[B, 1]`` here, in training, in a trace and in every engine."""
+    net = attach(Plain(lambda z, x: z[:, 0]), ["blocks.1", "blocks.3"], example=vectors(2))
+    assert net.num_outputs == 1 and [tuple(z.shape) for z in net(*vectors(5))] == [(5, 1)] * 3
+    batch = (*vectors(6), torch.randn(6, 1))
+    trace = record(net, [batch], rules=[OutputStability()], loss=lambda z, y: (z - y).square().flatten().clamp(max=1), progress=False)
+    assert trace.predictions.shape == (6, 3) and trace.predictions.is_floating_point()
+    net.eval()
+    with torch.no_grad():
+        whole = net.model(batch[0])[:, None]
+    for thresholds in ((float("inf"), float("inf")), (float("-inf"), float("inf"))):
+        plan = Plan(OutputStability(), net.names, (*thresholds, float("-inf")), (0.0, 0.0, 1.0), 1.0)
+        for mode in (Latency(6), Throughput(3), Quota(6)):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", NoEffectWarning)
+                answers = compile(net, plan, mode, measure=False, graphs=False)(batch[0])
+            left = answers.exit < 2
+            assert answers.output.shape == (6, 1) and torch.equal(answers.output[~left], whole[~left])
+    with pytest.raises(InvalidInput, match=r"one number, .*, for the whole batch.*leave labels out"):
+        attach(Plain(lambda z, x: z.mean()), ["blocks.1"], example=vectors(2))
+    with pytest.raises(InvalidInput, match=r"Plain is a list; expected logits"):
+        attach(Plain(), ["blocks.1"], example=vectors(2), select=lambda z: z.tolist())
+
+
+class Words(nn.Module):
+    """Token ids and which of them count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(50, 8)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(3))
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head((x * mask[..., None]).sum(1) / mask.sum(1, keepdim=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.uint8])
+@pytest.mark.parametrize("made_with", [torch.int64, torch.int32])
+def test_whole_numbers_of_any_width(dtype, made_with):
+    ids, mask = torch.randint(50, (6, 7), generator=torch.Generator().manual_seed(1)), (torch.arange(7) < 5).expand(6, 7)
+    labels = torch.arange(6) % 3
+    net = attach(Words(), ["blocks.0", "blocks.1"], example={"ids": ids.to(made_with), "mask": mask.to(made_with)}).eval()
+    given = {"ids": ids.to(dtype), "mask": mask.to(dtype)}
+    wide = {"ids": ids, "mask": mask.long()}
+    with torch.no_grad():
+        middle = float(net(**wide)[0].softmax(-1).amax(-1).median())
+    leaves = Plan(Confidence(), net.names, (middle, float("inf"), float("-inf")), (0.5, 0.0, 0.5), 0.5)
+    run = compile(net, leaves, measure=False, graphs=False)
+    expected = run(**wide)
+    assert 0 < int((expected.exit == 0).sum()) < 6
+    for answers in (run(**given), run(ids=given["ids"], mask=mask)):
+        assert torch.equal(answers.output, expected.output) and torch.equal(answers.exit, expected.exit)
+    if dtype in (torch.int32, torch.int64):  # the others an embedding itself does not take, and here it is the model that runs
+        with pytest.warns(NoEffectWarning):
+            whole = compile(net, never(net, Confidence()), measure=False, graphs=False)
+        assert torch.equal(whole(**given).output, net.model(**wide))
+        trace = record(net, [{**given, "labels": labels.to(dtype)}], progress=False)
+        assert torch.equal(trace.losses, record(net, [{**wide, "labels": labels}], progress=False).losses)
+        assert torch.equal(trace.labels.long(), labels)
+        fit(net, [(given, labels.to(dtype))], epochs=1, progress=False)
+
+
+def test_numbers_that_do_not_fit_and_numbers_that_are_not_whole_are_refused():
+    net = attach(Words(), ["blocks.0"], example={"ids": torch.ones(2, 7, dtype=torch.int32), "mask": torch.ones(2, 7)})
+    with pytest.raises(InvalidInput, match=r"'ids' is torch.int64 of rank 2; expected a tensor of torch.int32"):
+        net.cut().begin(ids=torch.full((2, 7), 2**40), mask=torch.ones(2, 7))
+    with pytest.raises(InvalidInput, match=r"'ids' is torch.float32"):
+        net.cut().begin(ids=torch.ones(2, 7), mask=torch.ones(2, 7))
+    with pytest.raises(InvalidInput, match=r"'mask' is torch.int64"):
+        net.cut().begin(ids=torch.ones(2, 7, dtype=torch.int64), mask=torch.ones(2, 7, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("rule", [Confidence(), Patience()])
+@pytest.mark.parametrize("head", [PooledLinear(), Cascade(PooledLinear())])
+def test_what_a_trace_says_that_thresholds_cost_is_what_running_them_costs(rule, head):
+    """Heads of exits that are switched off do not run, unless what follows needs them."""
+    net = attach(Plain(), ["blocks.0", "blocks.2", "blocks.4"], example=vectors(2), head=head).eval()
+    trace = record(net, [(*vectors(40), torch.arange(40) % 3)], progress=False)
+    assert (trace.head_cost is None) == isinstance(head, Cascade)
+    for decide in itertools.product([True, False], repeat=3):
+        thresholds = (*(0.0 if yes else float("inf") for yes in decide), float("-inf"))
+        run = exit_costs(net, Plan(rule, net.names, thresholds, (0.0, 0.0, 0.0, 1.0), 1.0), decide)
+        here = torch.tensor([*decide, True])
+        said = trace.running_cost(thresholds, rule)
+        if trace.head_cost is None:
+            assert (said >= run).all()
+        else:
+            assert torch.equal(said[here], run[here]), (decide, said, run)
+    if trace.head_cost is not None:
+        with pytest.warns(NoEffectWarning):
+            plan = calibrate(trace, rule, Risk(max_disagreement=1e-4))
+        assert plan.mean_cost == 1.0 and "mean cost 1.000" in str(plan), "nothing but the model runs"
+        assert outcome(trace, plan).mean_cost == 1.0
 
 
 # -------------------------------------------------------------------------------------------------------------------- save and load

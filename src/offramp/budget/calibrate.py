@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from statistics import NormalDist
@@ -35,6 +34,7 @@ from offramp.core.errors import BudgetInfeasible, InvalidInput, NoEffectWarning
 from offramp.core.parts import part_key
 from offramp.core.protocols import Rule
 from offramp.core.trace import Trace
+from offramp.core.warn import warn
 
 FLOPS = "fraction of the full model's FLOPs"
 
@@ -182,10 +182,9 @@ def calibrate(trace: Trace, rule: Rule, target: Target, *, method: CostMethod | 
     else:
         plan = _by_cost(work, parts, limits, method if isinstance(method, CostMethod) else None)
     if plan.shares[-1] == 1 and len(trace.exits) > 1:
-        warnings.warn(
+        warn(
             "The plan never leaves early on the calibration items, so it changes nothing. Relax the target or train better exits.",
             NoEffectWarning,
-            stacklevel=2,
         )
     return plan
 
@@ -219,7 +218,8 @@ def _without(
         trace,
         exits=tuple(n for n, kept in zip(trace.exits, keep.tolist(), strict=True) if kept),
         predictions=trace.predictions[:, keep],
-        cost=trace.cost[keep],
+        cost=trace.running_cost(torch.where(keep, 0.0, math.inf), rule)[keep],
+        head_cost=None if trace.head_cost is None else trace.head_cost[keep],
         losses=None if trace.losses is None else trace.losses[:, keep],
         logits=None,
         recorded={part_key(rule): scores[:, keep]},
@@ -344,7 +344,7 @@ def _by_cost(work: _Work, parts: tuple[Target, ...], limits: list[_Limit], metho
         thresholds = _meet_all(work, limits, losses, chosen)
         statement = "; ".join(f"{_WORDS[limit.name]} at most {limit.requested:.4g}{_UNITS[limit.name]}" for limit in limits) + "."
     thresholds = work.full(thresholds)
-    realised = evaluate_columns(trace, work.cols, thresholds, work.level)
+    realised = evaluate_columns(trace, work.cols, thresholds, work.level, rule=work.rule)
     more = _limit_estimates(trace, realised, work.level, parts)
     if isinstance(whole, ExitShares):
         more |= {
@@ -420,7 +420,7 @@ def _by_risk(work: _Work, risk: Risk, parts: tuple[Target, ...], limits: list[_L
     else:  # within the risk, the least cost
         pick = int(at[np.argmin(curve.cost[at])])
     thresholds = work.full(evidence.path[pick])
-    realised = evaluate_columns(trace, work.cols, thresholds, work.level, evidence.rows)
+    realised = evaluate_columns(trace, work.cols, thresholds, work.level, evidence.rows, work.rule)
     more = _limit_estimates(trace, realised, work.level, parts)
     shown = realised.error if risk.max_error is not None else realised.drop if risk.max_drop is not None else realised.disagreement
     if shown is not None:

@@ -189,7 +189,7 @@ class Realised:
     Attributes:
         exits: ``[N]`` exit index of each item (int64).
         shares: K shares of items leaving at each exit.
-        mean_cost: mean FLOPs over the FLOPs of the model without heads.
+        mean_cost: mean FLOPs over the FLOPs of the model without heads; see `offramp.core.trace.Trace.running_cost`.
         error: mean loss; ``None`` without losses.
         drop: mean loss above the full model's; ``None`` without losses.
         disagreement: share answered otherwise than by the full model; ``None`` for regression.
@@ -233,7 +233,7 @@ def evaluate(trace: Trace, rule: Rule | Tensor, thresholds: Sequence[float] | Te
     limits = np.asarray(torch.as_tensor(thresholds, dtype=torch.float64).cpu())
     if limits.shape != (len(trace.exits),):
         raise InvalidInput(f"{len(trace.exits)} thresholds are needed, one per exit, got {limits.shape}.")
-    return evaluate_columns(trace, columns(scores, trace.exits), limits, level)
+    return evaluate_columns(trace, columns(scores, trace.exits), limits, level, rule=None if isinstance(rule, Tensor) else rule)
 
 
 def _at_exit(values: Tensor, leave: Tensor, rows: slice | Tensor) -> Tensor:
@@ -243,14 +243,17 @@ def _at_exit(values: Tensor, leave: Tensor, rows: slice | Tensor) -> Tensor:
     return values.reshape(-1)[rows * values.shape[1] + leave]
 
 
-def evaluate_columns(trace: Trace, cols: F32, thresholds: Floats, level: float, rows: Ints | None = None) -> Realised:
-    """`evaluate` on prepared columns, for some items if ``rows`` are given."""
+def evaluate_columns(
+    trace: Trace, cols: F32, thresholds: Floats, level: float, rows: Ints | None = None, rule: Rule | None = None
+) -> Realised:
+    """`evaluate` on prepared columns, for some items if ``rows`` are given. Without the rule every head on the way is taken to run."""
     exits = len(trace.exits)
     chosen = slice(None) if rows is None else torch.from_numpy(rows)
     leave = torch.from_numpy(leave_columns(cols, thresholds)).to(torch.int64)[chosen]
     n = int(leave.numel())
     counts = torch.bincount(leave, minlength=exits).numpy()
-    cost = trace.cost.detach().to("cpu", torch.float64).numpy() / trace.base_cost
+    spent = trace.cost if rule is None else trace.running_cost(torch.from_numpy(np.asarray(thresholds, np.float64)), rule)
+    cost = spent.detach().to("cpu", torch.float64).numpy() / trace.base_cost
     mean = float(counts @ cost) / n
     spread = max(float(counts @ cost**2) / n - mean**2, 0.0) ** 0.5
     half = NormalDist().inv_cdf(0.5 + level / 2) * spread / max(n - 1, 1) ** 0.5

@@ -7,7 +7,7 @@ never touch the model again.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -92,6 +92,8 @@ class Trace:
         fingerprint: of the model and its heads.
         provenance: data set, date, versions, device; free form JSON.
         why_not_replayable: empty when leaving early changes nothing for other items or later steps, else the reason.
+        head_cost: ``[K]`` FLOPs per item of each exit's own head, 0 at the last; ``None`` if they are not known, or a head reads earlier
+            ones' answers, so that none can be left out.
     """
 
     exits: tuple[str, ...]
@@ -106,6 +108,7 @@ class Trace:
     fingerprint: str = ""
     provenance: Mapping[str, Any] = field(default_factory=dict)
     why_not_replayable: str = ""
+    head_cost: Tensor | None = None
 
     def __post_init__(self) -> None:
         exits = len(self.exits)
@@ -113,6 +116,8 @@ class Trace:
             raise InvalidInput(f"predictions must be [items, {exits}], got {tuple(self.predictions.shape)}.")
         if self.cost.shape != (exits,):
             raise InvalidInput(f"cost must be [{exits}], got {tuple(self.cost.shape)}.")
+        if self.head_cost is not None and self.head_cost.shape != (exits,):
+            raise InvalidInput(f"head_cost must be [{exits}], got {tuple(self.head_cost.shape)}.")
         if self.losses is not None and self.losses.shape != self.predictions.shape:
             raise InvalidInput(f"losses must be {tuple(self.predictions.shape)}, got {tuple(self.losses.shape)}.")
         if self.logits is not None and self.logits.shape[:2] != self.predictions.shape:
@@ -160,6 +165,21 @@ class Trace:
                     out[start : start + chunk, k], state = rule.score(k, Readout(block[:, k]), state)
         return out
 
+    def running_cost(self, thresholds: Sequence[float] | Tensor, rule: Rule) -> Tensor:
+        """``[K]`` FLOPs per item to leave at each exit, as an engine runs these thresholds: an exit that is switched off needs no head.
+
+        Args:
+            thresholds: K numbers, ``inf`` = off.
+            rule: one with a running state needs every head up to the last exit that is open.
+        """
+        if self.head_cost is None:
+            return self.cost
+        off = torch.as_tensor(thresholds, dtype=torch.float64).to(self.cost.device)[:-1] == float("inf")
+        if rule.stateful:
+            off = off.flip(0).int().cumprod(0).flip(0).bool()  # those behind the last that is open
+        saved = torch.where(off, self.head_cost[:-1], 0).cumsum(0)
+        return self.cost - torch.cat([saved, saved[-1:] if len(saved) else saved.new_zeros(1)])
+
     def subset(self, rows: Tensor) -> Trace:
         """The same trace for some items (int64 indices or a boolean mask ``[N]``)."""
         return replace(
@@ -186,7 +206,7 @@ class Trace:
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write ``trace.json`` and ``trace.safetensors`` into ``folder``, atomically."""
         tensors: dict[str, Tensor] = {"predictions": self.predictions, "cost": self.cost}
-        for name in ("losses", "labels", "logits"):
+        for name in ("losses", "labels", "logits", "head_cost"):
             value = getattr(self, name)
             if value is not None:
                 tensors[name] = value
@@ -227,6 +247,7 @@ class Trace:
                 content["fingerprint"],
                 content["provenance"],
                 content["why_not_replayable"],
+                tensors.get("head_cost"),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ArtifactError(f"The trace in {folder} lacks or garbles a field: {error}.") from error

@@ -389,7 +389,7 @@ def outcome(trace: Trace, plan: Plan) -> Outcome:
         quality.values[:, -1],
         quality.name,
         quality.binary,
-        trace.cost.double()[exits] / trace.base_cost,
+        trace.running_cost(plan.thresholds, plan.rule).double()[exits] / trace.base_cost,
         torch.bincount(exits, minlength=len(trace.exits)).double() / trace.items,
     )
 

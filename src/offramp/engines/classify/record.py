@@ -126,6 +126,7 @@ def record(
         recorded={part_key(rule): joined[f"rule{i}"] for i, rule in enumerate(rules)},
         latency=latency,
         fingerprint=net.fingerprint(),
+        head_cost=net.head_costs(),
         provenance={
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "device": torch.cuda.get_device_name(net.device) if net.device.type == "cuda" else platform.processor() or platform.machine(),
