@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from offramp.backbones.attention import decoding_attention, masked_attention, wants_kernel
 from offramp.backbones.joined import joined_projections
 from offramp.backbones.kv import KVCache, Writer
+from offramp.backbones.tried import check_logits, trying
 from offramp.core.errors import UnsupportedModel
 from offramp.core.modes import evaluating
 
@@ -391,21 +392,9 @@ def decoder(model: nn.Module, tolerance: float = 1e-3) -> Decoder:
     made = Decoder(model)
     tokens = torch.arange(2 * 7, device=made.device).reshape(2, 7) % made.vocabulary
     with torch.no_grad(), evaluating(model):
-        expected = model(tokens, use_cache=False).logits.float()
-        try:
-            found = _by_blocks(made, tokens).float()
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
-            raise UnsupportedModel(
-                f"The blocks of {type(model).__name__} do not run one by one over a cache as those of known models do: "
-                f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
-            ) from error
-    difference = float((found - expected).abs().max() / expected.std().clamp(min=1e-6))
-    allowed = tolerance if made.dtype in (torch.float32, torch.float64) else 128 * tolerance
-    if not difference <= allowed:
-        raise UnsupportedModel(
-            f"{type(model).__name__} does more than its blocks, norm and output layer: run block by block, its logits differ by "
-            f"{difference:.3g} of their spread (at most {allowed:.3g} is rounding). It cannot be decoded here; its own `generate` can."
-        )
+        expected = model(tokens, use_cache=False).logits
+        with trying(f"The blocks of {type(model).__name__} do not run one by one over a cache as those of known models do"):
+            found = _by_blocks(made, tokens)
+    more, advice = "does more than its blocks, norm and output layer", "It cannot be decoded here; its own `generate` can."
+    check_logits(model, found, expected, tolerance, more, advice)
     return made

@@ -29,6 +29,7 @@ from offramp.backbones.attention import masked_attention
 from offramp.backbones.decoder import Decoder, Step, _seen_through
 from offramp.backbones.kv import KVCache
 from offramp.backbones.state_cache import StateCache
+from offramp.backbones.tried import check_logits, trying
 from offramp.core.errors import InvalidInput, UnsupportedModel
 from offramp.core.modes import evaluating
 
@@ -320,25 +321,13 @@ def masked_lm(model: nn.Module, mask_token_id: int | None = None, tolerance: flo
     made = MaskedLM(model, int(token))
     tokens = 5 + torch.arange(2 * 7, device=made.device).reshape(2, 7)  # behind the special tokens, which some models place apart
     tokens = tokens % made.vocabulary
-    with torch.no_grad(), evaluating(model):
-        try:
-            expected = bidirectional(model, tokens).float()
-            found = _in_pieces(made, tokens).float()
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
-            raise UnsupportedModel(
-                f"{type(model).__name__} does not run block by block, or not with a 4-D attention mask (attn_implementation 'sdpa' and "
-                f"'eager' take one): {type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
-            ) from error
-    difference = float((found - expected).abs().max() / expected.std().clamp(min=1e-6))
-    allowed = tolerance if made.dtype in (torch.float32, torch.float64) else 128 * tolerance
-    if not difference <= allowed:
-        raise UnsupportedModel(
-            f"{type(model).__name__} does more than its blocks and output layer, or does not heed a 4-D attention mask: run block by "
-            f"block, its logits differ by {difference:.3g} of their spread from its own in bidirectional mode (at most {allowed:.3g} is "
-            "rounding)."
-        )
+    sees_all = "with a 4-D attention mask (attn_implementation 'sdpa' and 'eager' take one)"
+    fails = f"{type(model).__name__} does not run block by block, or not {sees_all}"
+    with torch.no_grad(), evaluating(model), trying(fails):
+        expected = bidirectional(model, tokens)
+        found = _in_pieces(made, tokens)
+    more = "does more than its blocks and output layer, or does not heed a 4-D attention mask"
+    check_logits(model, found, expected, tolerance, more)
     return made
 
 
