@@ -250,9 +250,13 @@ def test_tokens_leave_as_in_the_reference(good: LanguageModel, rows: int, cap: i
     ids=["none", "all", "margin", "entropy", "decaying"],
 )
 def test_rules_and_thresholds(good: LanguageModel, mode: Accept, least: int, most: int) -> None:
-    expected, found = generate(good, prompts(3), mode, max_new_tokens=25), Rounds(good, 3, 60, way=mode).generate(prompts(3), 25)
+    run = Rounds(good, 3, 60, way=mode)
+    expected, found = generate(good, prompts(3), mode, max_new_tokens=25), run.generate(prompts(3), 25)
     same(found, expected)
     assert least <= found.audited <= most
+    judged, kept = run.round.count[5:].tolist()  # by which the host chooses lengths; a round may look beyond the end of a text
+    assert judged >= len(found.audit) == 72 and kept >= found.audited and (kept < judged or least == 72)
+    assert kept == 0 or least > 0
 
 
 def test_rows_that_left_and_ended(lm: LanguageModel) -> None:
