@@ -146,8 +146,11 @@ def _fit_language(
 
 def _blocks(data: Any, tokenizer: Any, block: int) -> Tensor | None:
     """Blocks of tokens ``[N, T]`` of texts in any form, or ``None`` for what is a loader already."""
-    if hasattr(data, "__array__"):  # of numpy, or a tensor; text_loader says what is wrong with it
-        return torch.as_tensor(data)
+    if hasattr(data, "__array__"):  # of numpy, or a tensor; text_loader says what is wrong with its numbers
+        try:
+            return torch.as_tensor(data)
+        except (TypeError, ValueError) as error:
+            raise InvalidInput(f"A {type(data).__name__} is no blocks of tokens [blocks, tokens] of whole numbers: {error}.") from error
     if isinstance(data, str) and not Path(data).is_dir():
         raise InvalidInput(
             f"A string is the name of a folder of texts, and there is none at {data[:80]!r}. Give one text as a list: [text]."

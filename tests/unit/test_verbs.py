@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -160,6 +161,8 @@ def test_what_fit_refuses(model, net, tmp_path):
         offramp.fit(lm, "once upon a time", **STEP)
     with pytest.raises(InvalidInput, match=r"whole numbers \[blocks, tokens\]"):
         offramp.fit(lm, torch.randn(2, 4), **STEP)
+    with pytest.raises(InvalidInput, match=r"ndarray is no blocks of tokens"):
+        offramp.fit(lm, np.array([["a", "b"]], dtype=object), **STEP)
     with pytest.raises(InvalidInput, match=r"no tokenizer was given"):
         offramp.fit(lm, TEXTS, **STEP)
     with pytest.raises(InvalidInput, match=r"takes no tokenizer, block.*They belong to a language model"):

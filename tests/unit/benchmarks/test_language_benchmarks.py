@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from language_models import build
+from language_models import build, word_tokenizer
 from offramp.cli.text_runs import Written
 from offramp.engines.text.rounds import Rounds
 from offramp.exits.cached import Adapter
@@ -120,6 +120,28 @@ def test_prompts_come_in_six_groups_and_the_last_tokens_stay(common: ModuleType,
     assert all(1 <= len(p.tokens) <= 100 and (p.cut == 0 or len(p.tokens) == 100) for p in found)
     turns = common.in_turn([*found[:3], *found[80:82]])
     assert [p.group for p in turns] == ["mt_bench", "translation", "mt_bench", "translation", "mt_bench"]
+
+
+def test_a_measurement_begins_with_its_arguments(common: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "lm" / "model").mkdir(parents=True)
+    (tmp_path / "prompts").mkdir()
+    word_tokenizer().save_pretrained(tmp_path / "lm" / "model")
+    turns = [("qa", 1, "w3 w4 w5 w6 w7"), ("qa", 2, "w8"), ("writing", 3, "w9 w1")]
+    lines = [json.dumps({"category": g, "question_id": n, "turns": [t]}) for g, n, t in turns]
+    (tmp_path / "prompts" / "spec_bench.jsonl.xz").write_bytes(lzma.compress("\n".join(lines).encode()))
+    given = ["--data", str(tmp_path), "--model", str(tmp_path / "lm"), "--out", str(tmp_path / "x.json"), "--context", "9", "--new", "6"]
+    args = common.measurement_arguments("what", "one,two", "or three").parse_args(given)
+    made = common.Measurement(args)
+    found = made.spec_bench(1)
+    assert args.parts == "one,two" and [(p.group, p.number, len(p.tokens), p.cut) for p in found] == [
+        ("mt_bench", 3, 2, 0),
+        ("qa", 1, 3, 2),
+    ]
+    assert made.dtype == torch.bfloat16 and (made.compiled is None or made.device.type == "cuda") and len(made.spec_bench()) == 3
+    made.open_sheet("some", len(found), {"blocks": 4})
+    written = json.loads((tmp_path / "x.json").read_text())
+    assert written["benchmark"] == "some" and written["prompts"] == 2 and written["blocks"] == 4 and written["context"] == 9
+    assert written["rows"] == [] and written["environment"]["device"] == str(made.device)
 
 
 def test_compressed_text_is_read(common: ModuleType, tmp_path: Path) -> None:
