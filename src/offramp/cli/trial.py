@@ -14,6 +14,7 @@ import typer
 from offramp.cli.base import WORK, app, inside, note_items, open_run, percent, table, trace_of, without_labels
 from offramp.cli.data import Records
 from offramp.cli.options import DataFlags, ModelFlags, RunFlags, command, console, whole_numbers
+from offramp.cli.progress import stages
 from offramp.core.bundle import read_json, write_json
 from offramp.core.certificate import Plan
 from offramp.core.errors import InvalidInput, NoEffectWarning, NoSavingWarning
@@ -147,11 +148,11 @@ def bench(
     net, records, plan = _open(model, items, run, labels_needed=False)
     net.eval()
     results, rows = [], []
-    with console.status("timing") as status:
+    with stages("timing") as say:
         for batch_size in whole_numbers(batch_sizes, "--batch-sizes"):
             ready = _batches(net, records, batch_size, batches)
             for name in mode or ["latency"]:
-                status.update(f"timing: {name}, batch {batch_size}")
+                say(f"timing: {name}, batch {batch_size}")
                 result = _time(net, plan, name, batch_size, ready, warmup, repeats, records)
                 results.append(result)
                 efficiency = result["exit_efficiency"]
