@@ -342,9 +342,9 @@ class ByBlock(Captured):
     """Captured graphs of segments that are compiled one by one, so that all plans on a model share what was compiled."""
 
     @functools.cached_property
-    def regions(self) -> CapturedRegions:
-        """The same for steps of some tokens, of which all settings share the step of all of them."""
-        return CapturedRegions(self.device, self.compiled)
+    def regions(self) -> CapturedRegions | None:
+        """The same for steps of some tokens, of which all settings share the step of all of them; ``None`` (eager) on a CPU."""
+        return CapturedRegions(self.device, self.compiled) if self.device.type == "cuda" else None
 
     def _function(self, cut: Cut, start: int, stop: int, read: tuple[str, ...]) -> tuple[Any, Any]:
         if stop - start == 1:

@@ -153,10 +153,10 @@ class ImageBlock(nn.Module):
 class Patches(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.project, self.position = nn.Conv2d(4, width, 2, 2), nn.Parameter(torch.randn(1, 64, width))
+        self.project, self.position = nn.Linear(16, width), nn.Parameter(torch.randn(1, 64, width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.project(x).flatten(2).transpose(1, 2) + self.position
+        return self.project(nn.functional.pixel_unshuffle(x, 2).flatten(2).transpose(1, 2)) + self.position
 
 
 class Images(nn.Module):

@@ -221,7 +221,7 @@ class CapturedRegions(RegionRunner):
 
         before = None if step.k is None else state.clone()
         model = step.tokens.model
-        with evaluating(model) if model.training else contextlib.nullcontext():
+        with evaluating(model) if model.training else contextlib.nullcontext():  # here, so that no compiler sees the flags change
             entry.graph = self._graphs.capture(call)
         if before is not None:  # capturing has run it
             state.copy_(before)
