@@ -187,7 +187,7 @@ class Quality:
 
     max_fid_increase: float
     features: Callable[[Tensor], Tensor]
-    reference: Tensor | MeanAndCovariance
+    reference: Tensor | MeanAndCovariance = field(repr=False)
     samples: int = 5000
     level: float = 0.95
 

@@ -256,7 +256,7 @@ class DiffusionModel:
         used = scheduler if scheduler is not None else self.scheduler
         if used is None:
             raise InvalidInput("There is no scheduler: give scheduler=, here or to attach.")
-        denoiser = self.run() if plan is None else self.run(plan.points, regions=plan.regions)
+        denoiser = self.run(None if plan is None else plan.points, regions=getattr(plan, "regions", None))
         taken = self.skips if plan is None else plan
         return sample(denoiser, copy.deepcopy(used), noise, steps=steps if taken is None else taken.steps(steps), **options)
 

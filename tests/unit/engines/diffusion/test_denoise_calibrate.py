@@ -17,6 +17,7 @@ import offramp
 from offramp import systems
 from offramp.budget import DriftLimit, MeanCost, Quality, Risk, best_cache_plan
 from offramp.cli.image_nets import EulerFlow, SmallDiT
+from offramp.core.bundle import load_bundle, save_bundle
 from offramp.core.errors import ArtifactError, BudgetInfeasible, FingerprintMismatch, InvalidInput, OfframpWarning
 from offramp.core.noise import FlowMatching, LogSigma
 from offramp.engines.diffusion.calibrate import DenoisingPlan, calibrate_denoiser
@@ -266,6 +267,13 @@ def test_a_plan_comes_back_from_disk_and_runs_the_same(planned: Any, tmp_path: P
     assert again == plan
     assert torch.equal(images(fast, given(3), again)[0], images(fast, given(3), plan)[0])
     assert "requested" in str(again) and plan.system in str(again)
+
+
+def test_a_plan_from_before_tokens_were_kept_in_it_is_read(planned: Any, tmp_path: Path) -> None:
+    planned[1].save(tmp_path)
+    content, _ = load_bundle(tmp_path, "denoising_plan", "denoising_plan")
+    save_bundle(tmp_path, "denoising_plan", "denoising_plan", {k: v for k, v in content.items() if k not in ("regions", "tried")})
+    assert DenoisingPlan.load(tmp_path) == planned[1]
 
 
 def test_a_plan_is_refused_for_another_model_and_warns_for_another_sampler(planned: Any) -> None:
