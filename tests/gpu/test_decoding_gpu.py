@@ -35,6 +35,18 @@ def _exact():
         (3, 4, 4, 5, 24, 200, None, None),
         (2, 6, 2, 3, 64, 130, 17, None),
         (2, 4, 1, 16, 128, 90, 5, 30.0),
+        # Split among programs: long caches at few rows, grouped heads, ragged rows that leave splits without a slot.
+        (1, 32, 8, 1, 64, 8192, None, None),
+        (2, 32, 4, 6, 64, 3000, None, None),
+        (2, 8, 8, 1, 80, 1100, None, 20.0),
+        (3, 32, 8, 6, 128, 4096, 1000, None),
+        (2, 16, 2, 16, 128, 1500, None, 50.0),
+        (2, 8, 4, 3, 256, 2000, 700, 30.0),
+        # Groups that several programs share, the last of them not full.
+        (2, 71, 1, 1, 64, 700, None, None),
+        (2, 7, 1, 16, 32, 150, None, None),
+        # So many rows that none is split.
+        (80, 8, 4, 2, 64, 600, None, None),
     ],
 )
 def test_kernel_is_masked_attention(dtype, rows, heads, groups, queries, width, slots, window, softcap):
@@ -42,7 +54,10 @@ def test_kernel_is_masked_attention(dtype, rows, heads, groups, queries, width, 
     buffers = torch.randn(2, rows, slots + 1, groups, width, device=DEVICE, dtype=dtype)
     key, value = (t[:, :slots].transpose(1, 2) for t in buffers)
     query = torch.randn(rows, queries, heads, width, device=DEVICE, dtype=dtype).transpose(1, 2)
-    positions = torch.randint(0, slots - queries, (rows, 1), device=DEVICE) + torch.arange(queries, device=DEVICE)
+    first = torch.randint(0, slots - queries, (rows, 1), device=DEVICE)
+    if rows > 1:
+        first[0], first[-1] = 3, slots - queries
+    positions = first + torch.arange(queries, device=DEVICE)
     slot = torch.arange(slots, device=DEVICE)
     seen = slot <= positions[..., None]
     if window is not None:
@@ -51,6 +66,7 @@ def test_kernel_is_masked_attention(dtype, rows, heads, groups, queries, width, 
     found = decoding_attention(query, key, value, positions, None, softcap, window)
     tolerance = 2e-5 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
+    assert torch.equal(found, decoding_attention(query, key, value, positions, None, softcap, window)), "the order of additions is fixed"
 
 
 def language_model(dtype: torch.dtype = torch.float32):
