@@ -19,12 +19,10 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from lm_common import (
     Measurement,
@@ -44,9 +42,7 @@ from torch import Tensor, nn
 from train_lm import Text, fit_on_time
 
 from offramp import systems
-from offramp.budget.agreement import certify_table
-from offramp.budget.risk_control import Procedure
-from offramp.cli.text_runs import Written, agreeing, write
+from offramp.cli.text_runs import Written, agreeing, calibrated, write
 from offramp.core.system import System
 from offramp.engines.text.generate import generate
 from offramp.engines.text.rounds import Rounds
@@ -91,25 +87,6 @@ def perplexity(model: nn.Module, written: Written) -> float:
             total += float(nn.functional.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="sum"))
             count += wanted.numel()
     return math.exp(total / max(1, count))
-
-
-def calibrated(system: System, lm: LanguageModel, prompts: Sequence[Sequence[int]], new: int, grid: int) -> Any:
-    """The thresholds that a system's calibrator chooses on texts written after these prompts; ``None`` if it has no calibrator."""
-    if system.calibrator is None:
-        return None
-    if isinstance(system.calibrator, Procedure):
-        thresholds = [math.inf, *np.linspace(0.99, 0.2, grid).tolist()]
-        lost, left = [], []
-        for threshold in thresholds:
-            found = write(lm, systems.way(system, threshold), prompts, new, together=True)
-            early = (found.depth < len(lm.decoder))[:, 1:]
-            lost.append((early & ~agreeing(lm.model, found)[:, 1:]).double().mean(1))
-            left.append(early.double().mean(1))
-        lost_by, left_by = (torch.stack(column, 1).numpy() for column in (lost, left))
-        return certify_table(np.array(thresholds), lost_by, left_by, system.target, method=system.calibrator, seed=0).threshold
-    never = systems.way(system, math.inf)
-    looks = generate(lm, [list(p) for p in prompts], never, max_new_tokens=new, do_sample=False, eos_token_id=[]).audit
-    return system.calibrator(looks.score.reshape(-1, len(lm.exits)), looks.agreed.reshape(-1, len(lm.exits)))
 
 
 class Table(Measurement):

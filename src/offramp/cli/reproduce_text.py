@@ -15,18 +15,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from offramp import systems
-from offramp.budget.agreement import certify_table
 from offramp.budget.depth_schedule import LinearDepth
-from offramp.budget.risk_control import Procedure
 from offramp.budget.targets import Risk
 from offramp.cli.progress import Say
 from offramp.cli.reproduce_common import Reproduction, claim_of, in_words, rows_by_name, to_try
-from offramp.cli.text_runs import Meter, Written, agreeing, by_position, perplexities, plain, write
+from offramp.cli.text_runs import Meter, Written, agreeing, by_position, calibrated, perplexities, plain, write
 from offramp.cli.text_training import Bases, Corpus, TextSettings, bare, load_corpus, train, windows
 from offramp.core.system import System
 from offramp.engines.text.generate import generate
@@ -187,12 +184,13 @@ def _row(
     lm, prompts, new = trained.lm, trained.prompts, settings.new_tokens
     system = systems.build(name, **{**settings.system, **change})
     row: dict[str, Any] = {"setting": in_words(change)}
-    threshold = calibrated(settings, corpus, seed, system, lm, tables)
+    held_out = _held_out(settings, corpus, seed)
+    threshold = calibrated(system, lm, held_out, new, settings.thresholds, seed=seed, seen=tables)
     if threshold is not None:
         row["threshold"] = [str(t) for t in threshold] if isinstance(threshold, tuple) else str(threshold)
     way = systems.way(system, threshold)
     if isinstance(way, Accept) and isinstance(way.threshold, Adapting):
-        way = replace(way, threshold=_adapted(settings, corpus, seed, lm, way))
+        way = replace(way, threshold=_adapted(lm, way, held_out, new))
     found = write(lm, way, prompts, new)
     judge = trained.control if isinstance(way, Scheduled) else lm.model
     agreed = agreeing(judge, found)
@@ -272,48 +270,15 @@ def _timed(settings: TextSettings, lm: LanguageModel, way: Way, prompts: Sequenc
     return {"speedup": 1 / timing.ratios["ours"].value, **speeds, "timing": timing.to_dict()}
 
 
-# ---- thresholds ----------------------------------------------------------------------------------------------------------
+def _held_out(settings: TextSettings, corpus: Corpus, seed: int) -> list[list[int]]:
+    """Prompts to choose thresholds on."""
+    found: list[list[int]] = windows(corpus.calibration, settings.calibration_prompts, settings.prompt_length, seed + 2).tolist()
+    return found
 
 
-def calibrated(
-    settings: TextSettings, corpus: Corpus, seed: int, system: System, lm: LanguageModel, tables: dict[str, Any]
-) -> float | tuple[float, ...] | None:
-    """Thresholds that the system's calibrator chooses on held-out texts, ``None`` if it has none.
-
-    A procedure for a target is given what running each threshold gave, all tokens that differ, so that the text judged is the text written;
-    what only compares scores is given all that the exits said along the full model's own texts.
-
-    Args:
-        settings: of the variant.
-        corpus: its text.
-        seed: of the texts.
-        system: with the calibrator, and the target, of the setting.
-        lm: its model.
-        tables: what was seen on the texts, filled at the first call: settings of a calibrator do not change it.
-    """
-    if system.calibrator is None:
-        return None
-    prompts = windows(corpus.calibration, settings.calibration_prompts, settings.prompt_length, seed + 2).tolist()
-    never = systems.way(system, math.inf)
-    if isinstance(system.calibrator, Procedure):
-        grid = np.array([math.inf, *np.linspace(0.99, 0.2, settings.thresholds).tolist()])
-        if not tables:
-            runs = [write(lm, systems.way(system, float(t)), prompts, settings.new_tokens, together=True) for t in grid]
-            early = [(found.depth < len(lm.decoder))[:, 1:] for found in runs]
-            wrong = [~agreeing(lm.model, found)[:, 1:] for found in runs]
-            tables["lost"], tables["left"] = (torch.stack([v.double().mean(1) for v in column], 1).numpy() for column in (wrong, early))
-        return certify_table(grid, tables["lost"], tables["left"], system.target, method=system.calibrator, seed=seed).threshold
-    if not tables:
-        tables["looks"] = generate(lm, prompts, never, max_new_tokens=settings.new_tokens, do_sample=False, eos_token_id=[]).audit
-    looks, exits = tables["looks"], len(lm.exits)
-    chosen: tuple[float, ...] = system.calibrator(looks.score.reshape(-1, exits), looks.agreed.reshape(-1, exits))
-    return chosen
-
-
-def _adapted(settings: TextSettings, corpus: Corpus, seed: int, lm: LanguageModel, way: Accept) -> Any:
+def _adapted(lm: LanguageModel, way: Accept, prompts: Sequence[Sequence[int]], new: int) -> Any:
     """A threshold that adapts, after it has seen held-out texts written."""
-    prompts = windows(corpus.calibration, settings.calibration_prompts, settings.prompt_length, seed + 2).tolist()
-    found = generate(lm, prompts, way, max_new_tokens=settings.new_tokens, do_sample=False, eos_token_id=[])
+    found = generate(lm, [list(p) for p in prompts], way, max_new_tokens=new, do_sample=False, eos_token_id=[])
     return found.learned if found.learned is not None else way.threshold
 
 

@@ -9,14 +9,20 @@ Agreement asks of every written token whether the full model would choose it aft
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from offramp import systems
+from offramp.budget.agreement import certify_table
+from offramp.budget.risk_control import Procedure
 from offramp.core.modes import evaluating
+from offramp.core.system import System
 from offramp.engines.text.generate import generate
 from offramp.exits.lm import OwnOutput
 from offramp.language import LanguageModel
@@ -206,3 +212,46 @@ def by_position(depth: Tensor) -> float | None:
 def plain(lm: LanguageModel, prompts: Sequence[Sequence[int]], new: int) -> Tensor:
     """What plain decoding writes, int64 ``[texts, new]``."""
     return write(lm, Plain(), prompts, new, together=True).tokens
+
+
+def calibrated(
+    system: System,
+    lm: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    new: int,
+    thresholds: int,
+    *,
+    seed: int = 0,
+    seen: dict[str, Any] | None = None,
+) -> float | tuple[float, ...] | None:
+    """Thresholds that a system's calibrator chooses on texts written after these prompts, ``None`` if it has none.
+
+    A procedure for a target is given what running each threshold gave, all tokens that differ, so that the text judged is the text written;
+    what only compares scores is given all that the exits said along the full model's own texts.
+
+    Args:
+        system: with the calibrator, and the target.
+        lm: its model.
+        prompts: equally long; not those that are measured on.
+        new: tokens to write after each.
+        thresholds: how many are tried where each must be run, besides never leaving.
+        seed: of the order in which a procedure reads the texts.
+        seen: what was seen on the texts, filled at the first call: settings of a calibrator do not change it.
+    """
+    if system.calibrator is None:
+        return None
+    seen = {} if seen is None else seen
+    if isinstance(system.calibrator, Procedure):
+        grid = np.array([math.inf, *np.linspace(0.99, 0.2, thresholds).tolist()])
+        if not seen:
+            runs = [write(lm, systems.way(system, float(t)), prompts, new, together=True) for t in grid]
+            early = [(found.depth < len(lm.decoder))[:, 1:] for found in runs]
+            wrong = [~agreeing(lm.model, found)[:, 1:] for found in runs]
+            seen["lost"], seen["left"] = (torch.stack([v.double().mean(1) for v in column], 1).numpy() for column in (wrong, early))
+        return certify_table(grid, seen["lost"], seen["left"], system.target, method=system.calibrator, seed=seed).threshold
+    if not seen:
+        never = systems.way(system, math.inf)
+        seen["looks"] = generate(lm, [list(p) for p in prompts], never, max_new_tokens=new, do_sample=False, eos_token_id=[]).audit
+    looks, exits = seen["looks"], len(lm.exits)
+    chosen: tuple[float, ...] = system.calibrator(looks.score.reshape(-1, exits), looks.agreed.reshape(-1, exits))
+    return chosen
