@@ -55,9 +55,14 @@ class _Made:
     reference: FeatureStatistics
 
     @cached_property
+    def finite(self) -> bool:
+        """Whether all features are."""
+        return bool(self.features.isfinite().all())
+
+    @cached_property
     def fid(self) -> float:
-        """Infinite where an image was not finite: such a setting is never within a limit."""
-        return fid(FeatureStatistics.of(self.features), self.reference) if bool(self.features.isfinite().all()) else float("inf")
+        """Infinite where a feature is not finite: such a setting is never within a limit."""
+        return fid(FeatureStatistics.of(self.features), self.reference) if self.finite else float("inf")
 
     @property
     def mean_cost(self) -> float:
@@ -96,29 +101,41 @@ class FidSearch:
             NoEffectWarning: nothing cheaper than the full model was within the limit.
             OfframpWarning: an increase as small as was asked for cannot be told from chance with that many images.
         """
-        limit, count = self.target.max_fid_increase, self.target.samples
         with ExitStack() as stack:
             stack.enter_context(self._bar)
             if isinstance(self.target.features, nn.Module):
                 stack.enter_context(evaluating(self.target.features))
             full = self._run(self.chooser.exact, False)
             self.made = [full]
-            best, nearest = self._search(full)
-            exact = best is full
-            again = None if exact else (self._run(best.choice, True), self._run(self.chooser.exact, True))
-        chance = self._difference(nearest if exact and nearest is not None else best, full)
-        increase = Estimate(0.0, 0.0, 0.0, self.target.level) if exact else replace(chance, value=best.fid - full.fid)
-        realised = {"fid_increase": increase, "mean_cost": mean_estimate(best.cost.numpy())}
-        other = ""
-        cost = realised["mean_cost"]
+            self._search(full)
+            best, again = self._held_out(full)
+        beyond = [m for m in self.made if not self._within(m) and m.finite]
+        nearest = min(beyond, key=lambda m: m.fid, default=best)  # what the chance is shown by where nothing is skipped
+        chance = self._difference(nearest if again is None else best, full)
+        increase = Estimate(0.0, 0.0, 0.0, self.target.level) if again is None else replace(chance, value=best.fid - full.fid)
+        realised = {"fid_increase": increase, "mean_cost": mean_estimate((best if again is None else again[0]).cost.numpy())}
         if again is not None:
-            held, held_full = again
-            cost = realised["mean_cost"] = mean_estimate(held.cost.numpy())
-            realised["fid_increase_held_out"] = replace(self._difference(held, held_full), value=held.fid - held_full.fid)
-            other = f"; on {count:,} others, held out, {held.fid:.5g} against {held_full.fid:.5g}"
+            realised["fid_increase_held_out"] = replace(self._difference(*again), value=again[0].fid - again[1].fid)
         half = (chance.high - chance.low) / 2
-        self._warn(exact, nearest, full, half)
-        certificate = Certificate(
+        self._warn(best, nearest, full, half)
+        tried = sorted((MeasuredSetting(m.choice.how, m.mean_cost, m.fid) for m in self.made), key=lambda t: -t.cost)
+        return DenoisingPlan(
+            self.chooser.net.system.card.name,
+            best.choice.points,
+            realised["mean_cost"],
+            self._certificate(best, full, again, half, realised, str(made_with["model"])),
+            made_with,
+            best.choice.share,
+            best.choice.regions,
+            tuple(tried),
+        )
+
+    def _certificate(
+        self, best: _Made, full: _Made, again: tuple[_Made, _Made] | None, half: float, realised: Mapping[str, Estimate], fingerprint: str
+    ) -> Certificate:
+        limit, count = self.target.max_fid_increase, self.target.samples
+        other = "" if again is None else f"; on {count:,} others, held out, {again[0].fid:.5g} against {again[1].fid:.5g}"
+        return Certificate(
             f"An estimate: FID {best.fid:.5g} against the full model's {full.fid:.5g}, from {count:,} images each of the same noise and "
             f"conditions{other}. An increase of at most {limit:g} was asked for; differences of less than about {half:.2g} are chance with "
             "this many images.",
@@ -127,7 +144,7 @@ class FidSearch:
             realised,
             False,
             count,
-            str(made_with["model"]),
+            fingerprint,
             assumptions=(
                 f"A FID of N images is too large by an amount that falls as 1/N and grows with the {self.target.dimensions} dimensions; "
                 "what of it is common to both sets cancels in their difference, and what is not does not. FIDs compare only "
@@ -136,31 +153,33 @@ class FidSearch:
                 "intervals over images, with the reference and the weights taken as given."
             ),
         )
-        tried = sorted((MeasuredSetting(m.choice.how, m.mean_cost, m.fid) for m in self.made), key=lambda t: -t.cost)
-        name = self.chooser.net.system.card.name
-        return DenoisingPlan(
-            name, best.choice.points, cost, certificate, made_with, best.choice.share, best.choice.regions, tuple(tried)
-        )  # fmt: skip
 
-    def _search(self, full: _Made) -> tuple[_Made, _Made | None]:
-        """The cheapest that was run within the limit, and of those beyond it the nearest.
-
-        FID need only rise with the looseness up to noise: of all that were run the cheapest within the limit is taken, wherever bisection
-        ended.
-        """
+    def _search(self, full: _Made) -> None:
+        """Bisection between the full model and the loosest setting. FID need only rise with the looseness up to noise."""
         at = self._family()
         strict, loose, good, bad = 0.0, 1.0, full, at(1.0)
-        if not self._within(bad):
-            while len(self.made) <= self.runs and loose - strict > 1e-4 and good.mean_cost - bad.mean_cost > TOLERANCE:
-                middle = (strict + loose) / 2
-                found = at(middle)
-                if self._within(found):
-                    strict, good = middle, found
-                else:
-                    loose, bad = middle, found
-        best = min((m for m in self.made if self._within(m)), key=lambda m: m.mean_cost)
-        beyond = [m for m in self.made if not self._within(m) and m.fid != float("inf")]
-        return best, min(beyond, key=lambda m: m.fid, default=None)
+        if self._within(bad):
+            return
+        while len(self.made) <= self.runs and loose - strict > 1e-4 and good.mean_cost - bad.mean_cost > TOLERANCE:
+            middle = (strict + loose) / 2
+            found = at(middle)
+            if self._within(found):
+                strict, good = middle, found
+            else:
+                loose, bad = middle, found
+
+    def _held_out(self, full: _Made) -> tuple[_Made, tuple[_Made, _Made] | None]:
+        """Of all that were run the cheapest within the limit, wherever bisection ended, with its held-out images and the full model's.
+
+        A setting that breaks images there is passed over. The full model has no need of them.
+        """
+        for made in sorted((m for m in self.made if self._within(m)), key=lambda m: m.mean_cost):
+            if made is full:
+                break
+            held = self._run(made.choice, True)
+            if held.finite:
+                return made, (held, self._run(self.chooser.exact, True))
+        return full, None
 
     def _family(self) -> Callable[[float], _Made]:
         """From a looseness in (0, 1] to the images of that setting; settings that do the same are run once."""
@@ -198,7 +217,7 @@ class FidSearch:
             if done == wanted:
                 break
         made = _Made(choice, torch.cat(features), torch.cat(costs).double(), self.reference)
-        if made.fid == float("inf") and choice == self.chooser.exact:
+        if not made.finite and choice == self.chooser.exact:
             raise InvalidInput(
                 f"Features of the full model's images are NaN or infinite in {int((~made.features.isfinite().all(1)).sum())} of {wanted} "
                 "images: nothing can be compared with them. Look at these images, or run model and features in float32."
@@ -233,19 +252,19 @@ class FidSearch:
             made.features, full.features, self.reference, self.target.level, draws=draws, groups=groups, seed=self.seed
         )  # fmt: skip
 
-    def _warn(self, exact: bool, nearest: _Made | None, full: _Made, half: float) -> None:
+    def _warn(self, best: _Made, nearest: _Made, full: _Made, half: float) -> None:
         limit, count = self.target.max_fid_increase, self.target.samples
         name = self.chooser.net.system.card.name
-        if exact:
+        if best is full:
             closest = (
                 ""
-                if nearest is None
+                if nearest is full
                 else f" The nearest was {nearest.choice.how}, at {nearest.mean_cost:.4g} of the cost and a FID higher by "
                 f"{nearest.fid - full.fid:.4g}."
             )
             warn(
-                f"No setting of {name} that was run costs less than the full model and raises the FID by at most {limit:g}, so the plan "
-                f"skips nothing.{closest} Raise max_fid_increase, give more runs=, or take another method.",
+                f"No setting of {name} that was run costs less than the full model, raises the FID by at most {limit:g} and leaves every "
+                f"image finite, so the plan skips nothing.{closest} Raise max_fid_increase, give more runs=, or take another method.",
                 NoEffectWarning,
             )
         if half > limit:

@@ -80,6 +80,11 @@ def increase(fast: DiffusionModel, plan: DenoisingPlan, rows: slice, reference: 
     )
 
 
+def near(images: Tensor, known: Tensor) -> Tensor:
+    """``[B, 1]``, whether an image is one of some, up to what batches of another size do to it."""
+    return (images.flatten(1)[:, None] - known.flatten(1)).abs().amax(2).amin(1, keepdim=True) < 1e-3
+
+
 CHOSEN, HELD = slice(0, COUNT), slice(COUNT, 2 * COUNT)
 METHODS = ["first-block-cache", "random-skip", "deepcache", "static-schedule", "shallow", "few-steps"]
 
@@ -167,8 +172,7 @@ def test_settings_whose_images_break_are_never_chosen(tmp_path: Path) -> None:
     whole = torch.cat([made_by(fast, CHOSEN)[0], made_by(fast, HELD)[0]])
 
     def strict(images: Tensor) -> Tensor:
-        known = (images.flatten(1)[:, None] - whole.flatten(1)).abs().amax(2).amin(1, keepdim=True) < 1e-3
-        return torch.where(known, features(images), torch.nan)
+        return torch.where(near(images, whole), features(images), torch.nan)
 
     with pytest.warns(NoEffectWarning, match="skips nothing. Raise"):
         plan = calibrate_denoiser(fast, Quality(1e6, strict, REAL, COUNT), **given(), runs=3)
@@ -177,6 +181,18 @@ def test_settings_whose_images_break_are_never_chosen(tmp_path: Path) -> None:
     assert DenoisingPlan.load(tmp_path) == plan, "JSON has no infinity"
     with pytest.raises(InvalidInput, match="full model's images are NaN or infinite in 24 of 24"):
         calibrate_denoiser(fast, Quality(1.0, lambda x: features(x) * torch.nan, REAL, COUNT), **given())
+
+
+@pytest.mark.filterwarnings("ignore::offramp.core.errors.OfframpWarning")
+def test_a_setting_that_breaks_images_only_where_they_are_held_out_is_passed_over() -> None:
+    fast = attached("few-steps")
+    first = calibrate_denoiser(fast, Quality(1.0, features, REAL, COUNT), **given())
+    broken = made_by(fast, HELD, first)[0]
+    target = Quality(1.0, lambda images: torch.where(near(images, broken), torch.nan, features(images)), REAL, COUNT)
+    plan = calibrate_denoiser(fast, target, **given())
+    within = [t.cost for t in plan.tried if t.fid - plan.tried[0].fid <= 1.0]
+    assert len(within) > 2 and (plan.cost.value, first.cost.value) == pytest.approx((within[-2], within[-1]))
+    assert plan.certificate.realised["fid_increase"].value == pytest.approx(increase(fast, plan, CHOSEN), abs=1e-5)
 
 
 class Net(nn.Module):
