@@ -42,6 +42,7 @@ def _exact():
         (3, 32, 8, 6, 128, 4096, 1000, None),
         (2, 16, 2, 16, 128, 1500, None, 50.0),
         (2, 8, 4, 3, 256, 2000, 700, 30.0),
+        (1, 4, 1, 2, 256, 20000, None, None),
         # Groups that several programs share, the last of them not full.
         (2, 71, 1, 1, 64, 700, None, None),
         (2, 7, 1, 16, 32, 150, None, None),
