@@ -137,9 +137,9 @@ class FidSearch:
         other = "" if again is None else f"; on {count:,} others, held out, {again[0].fid:.5g} against {again[1].fid:.5g}"
         return Certificate(
             f"An estimate: FID {best.fid:.5g} against the full model's {full.fid:.5g}, from {count:,} images each of the same noise and "
-            f"conditions{other}. An increase of at most {limit:g} was asked for; differences of less than about {half:.2g} are chance with "
-            "this many images.",
-            f"bisection over {len(self.made) - 1} settings that were run; {best.choice.how}",
+            f"conditions{other}. An increase of at most {limit:g} was asked for; differences of less than about {half:.2g} may be chance "
+            "with this many images.",
+            f"bisection, settings run beside the full model: {len(self.made) - 1}; {best.choice.how}",
             {"fid_increase": limit},
             realised,
             False,
