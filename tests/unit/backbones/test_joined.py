@@ -1,4 +1,4 @@
-"""Layers that read the same states as one product: same answers, same parameters, one kernel's work, and nothing joined that is more than plain."""
+"""Layers that read the same states as one product: same answers, same parameters, less work; what is more than plain is not joined."""
 
 from __future__ import annotations
 
