@@ -121,7 +121,9 @@ class TextModel:
             UnsupportedModel: it does not run on this denoiser; says why.
         """
         if name == "ras":
-            return "half of the tokens", RegionDenoiser(self.net, Regions(0.5, first=max(1, self.steps * 4 // 30), multiple=8))
+            return "half of the tokens", RegionDenoiser(
+                self.net, Regions(0.5, first=max(1, self.steps * 4 // 30), multiple=8), run=runner.regions
+            )
         setting, points = "every 3" if name == "deepcache" else "published", self.skips[name](None)
         if name in RANGES:
             try:

@@ -229,7 +229,7 @@ def _compile_diffusion(
     Args:
         net: from `attach`.
         plan: from `calibrate`; by default the published settings.
-        captured: run the segments as CUDA graphs; by default where the denoiser is on CUDA. Not for methods that compute fewer tokens.
+        captured: run the segments as CUDA graphs; by default where the denoiser is on CUDA.
         compiled: also compile them, which takes minutes at the first call.
 
     Raises:
@@ -240,7 +240,7 @@ def _compile_diffusion(
         raise InvalidInput(f"A diffusion method runs what calibrate() gave for it, or None for its published settings; got {plan!r}.")
     if plan is not None:
         plan.check(net)
-    wanted = net.net.device.type == "cuda" and net.system.reduction is None if captured is None else captured
+    wanted = net.net.device.type == "cuda" if captured is None else captured
     run = Captured(net.net.device, compiled=compiled) if wanted or compiled else None
     return net.view(run=run) if plan is None else net.view(plan.points, regions=plan.regions, steps=plan.steps, run=run)
 

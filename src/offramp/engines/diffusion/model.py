@@ -32,6 +32,7 @@ from offramp.core.warn import warn
 from offramp.diffusion import DenoisingNet, attach_denoiser, uncut_denoiser
 from offramp.engines.diffusion.denoise import Denoiser
 from offramp.engines.diffusion.pipeline import pipeline_view, sample
+from offramp.engines.diffusion.region_step import RegionRunner
 from offramp.engines.diffusion.regions import RegionDenoiser
 from offramp.engines.diffusion.run import Runner
 from offramp.exits.denoising import DenoisingExit
@@ -177,15 +178,17 @@ class DiffusionModel:
         *,
         regions: Regions | None = None,
         observe: bool = False,
-        run: Runner | None = None,
+        run: RegionRunner | Runner | None = None,
     ) -> Denoiser:
         """The denoiser that carries out some points, or computes the tokens that ``regions`` say; by default the published settings."""
         if self.system.reduction is not None:
-            if points or run is not None:
-                raise InvalidInput(f"{self.system.card.name} computes fewer tokens and takes neither points nor a runner.")
-            return RegionDenoiser(self.net, self.system.reduction if regions is None else regions, observe=observe)
+            if points:
+                raise InvalidInput(f"{self.system.card.name} computes fewer tokens and takes no points.")
+            return RegionDenoiser(self.net, self.system.reduction if regions is None else regions, observe=observe, run=run)
         if regions is not None:
             raise InvalidInput(f"{self.system.card.name} skips parts of the denoiser; a plan of tokens is for a method such as ras.")
+        if isinstance(run, RegionRunner):
+            raise InvalidInput(f"{self.system.card.name} skips parts of the denoiser, which a Captured runs, not {type(run).__name__}.")
         return Denoiser(self.net, self.points if points is None else points, observe=observe, run=run)
 
     def view(
@@ -194,7 +197,7 @@ class DiffusionModel:
         *,
         regions: Regions | None = None,
         steps: Callable[[int], int] | None = None,
-        run: Runner | None = None,
+        run: RegionRunner | Runner | None = None,
     ) -> Any:
         """What carries out some points: a pipeline of the user's own class and call, or for a denoiser alone a `Denoiser`.
 
@@ -202,7 +205,7 @@ class DiffusionModel:
             points: by default those of the published settings.
             regions: which tokens are computed, of a method that computes some of them; by default as published.
             steps: how many steps the sampler takes where so many are asked for; by default what the method says.
-            run: runs the segments; by default eagerly.
+            run: runs the segments, or the steps of some tokens; by default eagerly. A `Captured` does either.
         """
         return self.around(self.run(points, regions=regions, run=run), steps)
 

@@ -22,6 +22,7 @@ from offramp.core.errors import FingerprintMismatch, InvalidInput, NoEffectWarni
 from offramp.core.noise import FlowMatching
 from offramp.engines.diffusion.denoise import Denoiser
 from offramp.engines.diffusion.model import DiffusionModel
+from offramp.engines.diffusion.region_graphs import CapturedRegions
 from offramp.train import Noising, RectifiedFlow, noisy_loader
 
 STEPS = 6
@@ -137,6 +138,18 @@ def loader() -> Any:
 
 def weights(module: nn.Module) -> dict[str, Tensor]:
     return {k: v.clone() for k, v in module.state_dict().items()}
+
+
+def test_a_method_of_tokens_is_captured_too(pipe: Any, cached: DiffusionModel) -> None:
+    some = offramp.attach(pipe, system=systems.build("ras"))
+    eager = images(offramp.compile(some, captured=False))
+    assert not torch.equal(eager, images(pipe))
+    fast = offramp.compile(some, captured=True)
+    assert torch.equal(images(fast), eager) and torch.equal(images(fast), eager), "a second trajectory begins anew"
+    run = CapturedRegions(some.net.device, compiled=False)
+    assert torch.equal(images(some.view(run=run)), eager)
+    with pytest.raises(InvalidInput, match="which a Captured runs"):
+        cached.view(run=run)
 
 
 def test_a_denoiser_alone_is_called_as_it_is() -> None:
