@@ -9,6 +9,8 @@ same text; where a recipe trains the model too, a copy of it. Then, by what a sy
 - tokens that leave, schedules: weights read and blocks run over those of plain decoding, the share of tokens that the system's full model
   would have chosen, and the perplexity of the text under that model and under the model it started from, beside those of plain decoding.
   By the reference engine, whose times are beside its own plain decoding.
+- tokens that leave at the first exit of the first model and catch up, in captured rounds beside plain captured rounds: the threshold
+  certified for each of some limits on the share of tokens that the full model would not have chosen.
 
 And transformers on the first model: greedy, assistant_early_exit, prompt lookup.
 
@@ -19,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,10 +45,13 @@ from torch import Tensor, nn
 from train_lm import Text, fit_on_time
 
 from offramp import systems
-from offramp.cli.text_runs import Written, agreeing, calibrated, write
+from offramp.budget.agreement import certify_table
+from offramp.budget.targets import Risk
+from offramp.cli.text_runs import Written, agreeing, by_threshold, calibrated, write
 from offramp.core.system import System
 from offramp.engines.text.generate import generate
 from offramp.engines.text.rounds import Rounds
+from offramp.engines.text.written import Generation
 from offramp.exits.lm import Shared
 from offramp.language import LanguageModel, attach_lm
 from offramp.policies.decoding import Accept, Plain, Scheduled, Verify, Way
@@ -53,7 +59,8 @@ from offramp.policies.decoding import Accept, Plain, Scheduled, Verify, Way
 DRAFTING = ("layerskip", "kangaroo", "eesd", "self-supervised-early-exits", "sorted-llama")
 LEAVING = ("free", "ee-llm", "calm", "skipdecode", "self-supervised-early-exits")
 SHORT = {"drafts": [f"draft:{n}" for n in DRAFTING], "leaves": [f"leave:{n}" for n in LEAVING]}
-PARTS = ("transformers", *SHORT["drafts"], *SHORT["leaves"])
+PARTS = ("transformers", "accept", *SHORT["drafts"], *SHORT["leaves"])
+LIMITS = (0.02, 0.05, 0.1)  # on the share of tokens that the full model would not have chosen
 
 
 def composed(name: str, blocks: int, new: int) -> System:
@@ -87,6 +94,30 @@ def perplexity(model: nn.Module, written: Written) -> float:
             total += float(nn.functional.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="sum"))
             count += wanted.numel()
     return math.exp(total / max(1, count))
+
+
+@dataclass
+class Turns:
+    """Prompts written by plain captured rounds and by others, in turn.
+
+    Attributes:
+        new: tokens of a text.
+        samples: seconds by way, of each text and of its first token.
+        plain: the texts.
+        fast: the others.
+    """
+
+    new: int
+    samples: list[dict[str, float]] = field(default_factory=list)
+    plain: list[Generation] = field(default_factory=list)
+    fast: list[Generation] = field(default_factory=list)
+
+    def rates(self) -> dict[str, float]:
+        """Tokens per second after each text's first, prompts' time taken off."""
+        times = {w: sum(max(1e-9, s[w] - s[f"{w}_prompt"]) for s in self.samples) for w in ("plain", "fast")}
+        written = len(self.samples) * (self.new - 1)
+        rates = {"tokens_per_s": written / times["fast"], "plain_tokens_per_s": written / times["plain"]}
+        return {**rates, "speedup": times["plain"] / times["fast"]}
 
 
 class Table(Measurement):
@@ -143,46 +174,50 @@ class Table(Measurement):
 
     # ---- what drafts gain ------------------------------------------------------------------------------------------------------
 
+    def plain_rounds(self) -> Rounds:
+        """Plain decoding, captured once: weights are replaced in place."""
+        if self.plain is None:
+            self.plain = Rounds(self.first, 1, slots=self.args.context + 1, draft_length=0, compiled=self.compiled)
+        return self.plain
+
+    def beside_plain(self, fast: Rounds) -> Turns:
+        """Every prompt by captured rounds and by plain ones in turn, in full and for its first token alone."""
+        ways, new = {"plain": self.plain_rounds(), "fast": fast}, self.args.new
+        for run in ways.values():
+            run.generate(self.prompts[:1], new)
+        found = Turns(new)
+        for turn, prompt in enumerate(self.prompts):
+            taken: dict[str, float] = {}
+            calls = [(name, run, count) for count in (new, 1) for name, run in ways.items()]
+            for name, run, count in reversed(calls) if turn % 2 else calls:
+                key = name if count == new else f"{name}_prompt"
+                taken[key], answer = seconds(partial(run.generate, [prompt], count), self.device)
+                if count == new:
+                    getattr(found, name).append(answer)
+            found.samples.append(taken)
+        return found
+
     def draft(self, name: str) -> None:
         if not self.budget.fits(f"system: draft {name}", self.args.guess):
             return
         with self.budget.part(f"system: draft {name}"):
             system, lm = self.trained(name)
             way, new = drafting(system), self.args.new
-            if self.plain is None:
-                self.plain = Rounds(self.first, 1, slots=self.args.context + 1, draft_length=0, compiled=self.compiled)
             fast = Rounds(
                 lm, 1, slots=self.args.context + 1, draft_length=way.draft_length, exit_index=way.exit_index, stop=way.stop,
                 compiled=self.compiled,
             )  # fmt: skip
-            for run in (self.plain, fast):
-                run.generate(self.prompts[:1], new)
-            samples: list[dict[str, float]] = []
-            texts: dict[str, list[list[int]]] = {"plain": [], "drafts": []}
-            drafted, accepted = 0, 0
-            for turn, prompt in enumerate(self.prompts):
-                taken: dict[str, float] = {}
-                calls = [(w, r, n) for n in (new, 1) for w, r in (("plain", self.plain), ("drafts", fast))]
-                for what, run, count in reversed(calls) if turn % 2 else calls:
-                    key = what if count == new else f"{what}_prompt"
-                    taken[key], answer = seconds(partial(run.generate, [prompt], count), self.device)
-                    if count == new:
-                        texts[what].append(answer.tokens[0])
-                    if what == "drafts":
-                        drafted, accepted = drafted + sum(answer.drafted), accepted + sum(answer.accepted)
-                samples.append(taken)
-            times = {w: sum(max(1e-9, s[w] - s[f"{w}_prompt"]) for s in samples) for w in texts}
-            written = len(samples) * (new - 1)
+            run = self.beside_plain(fast)
+            drafted, accepted = (sum(sum(getattr(w, what)) for w in run.fast) for what in ("drafted", "accepted"))
             exact = load_model(self.folder, torch.float32).to(self.device)
             exact.load_state_dict({k: v.float() for k, v in self.model.state_dict().items()})
-            same = compare_texts(self.model, exact, self.prompts, texts["plain"], texts["drafts"])
+            same = compare_texts(self.model, exact, self.prompts, *([w.tokens[0] for w in texts] for texts in (run.plain, run.fast)))
             middle = sorted(self.prompts, key=len)[len(self.prompts) // 2]
-            ms = {"plain": round_ms(self.plain, [middle], 0), "drafts": round_ms(fast, [middle], way.draft_length)}
+            ms = {"plain": round_ms(self.plain_rounds(), [middle], 0), "drafts": round_ms(fast, [middle], way.draft_length)}
         self.sheet.row(
             way="drafts", system=name, exit=lm.exits[way.exit_index], draft_length=way.draft_length, stop=repr(way.stop),
-            acceptance=accepted / max(1, drafted), tokens_per_round=tokens_per_round([new] * len(samples), accepted),
-            tokens_per_s=written / times["drafts"], plain_tokens_per_s=written / times["plain"], speedup=times["plain"] / times["drafts"],
-            round_ms=ms["drafts"], plain_round_ms=ms["plain"], against_plain=same, samples=samples,
+            acceptance=accepted / max(1, drafted), tokens_per_round=tokens_per_round([new] * len(self.prompts), accepted), **run.rates(),
+            round_ms=ms["drafts"], plain_round_ms=ms["plain"], against_plain=same, samples=run.samples,
         )  # fmt: skip
 
     def transformers(self) -> None:
@@ -208,6 +243,31 @@ class Table(Measurement):
             self.sheet.row(way=f"transformers, {way}", system="-", prompts=len(prompts), new_tokens=self.args.peer_new, **found)
 
     # ---- what leaving costs ----------------------------------------------------------------------------------------------------
+
+    def accept(self) -> None:
+        """Leaving with catch-up, captured: a row for each limit on disagreement that lets any token leave."""
+        if not self.budget.fits("accept", self.args.guess):
+            return
+        with self.budget.part("accept"):
+            self.model.load_state_dict(self.base.state_dict())
+            tried = by_threshold(self.first, Accept, self.calibration, self.args.even_new, self.args.thresholds)
+        known: dict[float, float] = {}
+        for limit in LIMITS:
+            known.setdefault(certify_table(**tried, risk=Risk(max_disagreement=limit)).threshold, limit)
+        for threshold, limit in known.items():
+            if math.isinf(threshold) or not self.budget.fits(f"accept: {limit:g}", self.args.guess):
+                continue
+            with self.budget.part(f"accept: {limit:g}"):
+                run = self.beside_plain(
+                    Rounds(self.first, 1, slots=self.args.context + 1, way=Accept(threshold), compiled=self.compiled)
+                )  # fmt: skip
+            depths = torch.cat([torch.as_tensor(w.depth[0])[1:] for w in run.fast])
+            self.sheet.row(
+                way="captured leaves", system=f"ours: catch-up, {limit:g}", exit=self.first.exits[0], limit=limit, threshold=threshold,
+                left=float((depths < self.blocks).double().mean()), audited=sum(w.audited for w in run.fast),
+                disagreed=sum(w.disagreed for w in run.fast), same_text=sum(a.tokens == b.tokens for a, b in zip(
+                    run.plain, run.fast, strict=True)) / len(run.fast), **run.rates(), samples=run.samples,
+            )  # fmt: skip
 
     def leave(self, name: str) -> None:
         if not self.budget.fits(f"system: leave {name}", self.args.guess):
@@ -267,7 +327,7 @@ def main() -> None:
     args = parser.parse_args()
     asked = asked_parts(",".join(",".join(SHORT.get(part, [part])) for part in args.parts.split(",")), PARTS)
     table = Table(args)
-    parts: dict[str, Any] = {"transformers": table.transformers}
+    parts: dict[str, Any] = {"transformers": table.transformers, "accept": table.accept}
     parts |= {f"draft:{n}": partial(table.draft, n) for n in DRAFTING} | {f"leave:{n}": partial(table.leave, n) for n in LEAVING}
     run_parts(parts, asked, table.sheet)
 

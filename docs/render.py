@@ -474,6 +474,17 @@ def lm_systems(page: Path) -> str:
             head = ["verified drafts", "exit after", "most drafts", "acceptance", "tokens a round", "tokens/s", "plain, tokens/s",
                     "speed-up", "text"]  # fmt: skip
             parts.append(table(head, drafts + peers))
+        captured = [
+            [
+                f"{r['limit']:g}", number(r["threshold"], 2), number(r["left"], 2), number(r["disagreed"] / max(1, r["audited"])),
+                f"{r['tokens_per_s']:,.0f}", f"{r['plain_tokens_per_s']:,.0f}", number(r["speedup"], 2),
+            ]
+            for r in rows if r["way"] == "captured leaves"
+        ]  # fmt: skip
+        if captured:
+            head = ["tokens leave at the first exit and catch up, in captured rounds: limit on disagreement", "threshold", "left",
+                    "of them disagreed", "tokens/s", "plain, tokens/s", "speed-up"]  # fmt: skip
+            parts.append(table(head, captured))
         leaves = [
             [
                 r["system"], r["fill"], number(r["left"], 2), number(r["blocks_share"], 2), number(r["cost"], 2), number(r["agreement"]),

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -214,6 +214,26 @@ def plain(lm: LanguageModel, prompts: Sequence[Sequence[int]], new: int) -> Tens
     return write(lm, Plain(), prompts, new, together=True).tokens
 
 
+def by_threshold(
+    lm: LanguageModel, way: Callable[[float], Way], prompts: Sequence[Sequence[int]], new: int, thresholds: int
+) -> dict[str, np.ndarray]:
+    """What running each of some thresholds gives on each text, as `certify_table` takes it; the first is ``inf``, at which none leaves.
+
+    Args:
+        lm: whose tokens leave.
+        way: of decoding, at a threshold.
+        prompts: equally long.
+        new: tokens to write after each.
+        thresholds: how many are tried, besides never leaving.
+    """
+    grid = np.array([math.inf, *np.linspace(0.99, 0.2, thresholds).tolist()])
+    runs = [write(lm, way(float(t)), prompts, new, together=True) for t in grid]
+    early = [(found.depth < len(lm.decoder))[:, 1:] for found in runs]
+    wrong = [~agreeing(lm.model, found)[:, 1:] for found in runs]
+    lost, left = (torch.stack([v.double().mean(1) for v in column], 1).numpy() for column in (wrong, early))
+    return {"thresholds": grid, "losses": lost, "left": left}
+
+
 def calibrated(
     system: System,
     lm: LanguageModel,
@@ -242,13 +262,9 @@ def calibrated(
         return None
     seen = {} if seen is None else seen
     if isinstance(system.calibrator, Procedure):
-        grid = np.array([math.inf, *np.linspace(0.99, 0.2, thresholds).tolist()])
         if not seen:
-            runs = [write(lm, systems.way(system, float(t)), prompts, new, together=True) for t in grid]
-            early = [(found.depth < len(lm.decoder))[:, 1:] for found in runs]
-            wrong = [~agreeing(lm.model, found)[:, 1:] for found in runs]
-            seen["lost"], seen["left"] = (torch.stack([v.double().mean(1) for v in column], 1).numpy() for column in (wrong, early))
-        return certify_table(grid, seen["lost"], seen["left"], system.target, method=system.calibrator, seed=seed).threshold
+            seen |= by_threshold(lm, lambda t: systems.way(system, t), prompts, new, thresholds)
+        return certify_table(**seen, risk=system.target, method=system.calibrator, seed=seed).threshold
     if not seen:
         never = systems.way(system, math.inf)
         seen["looks"] = generate(lm, [list(p) for p in prompts], never, max_new_tokens=new, do_sample=False, eos_token_id=[]).audit

@@ -105,16 +105,21 @@ def test_the_table_of_systems(render: ModuleType, monkeypatch: pytest.MonkeyPatc
         "way": "leaves", "system": "free", "fill": "CatchUp", "left": 0.5, "blocks_share": 0.7, "cost": 0.75, "agreement": 0.93,
         "perplexity": 9.0, "perplexity_plain": 8.0, "perplexity_first": 9.5, "perplexity_first_plain": 8.5,
     }  # fmt: skip
+    captured = {
+        "way": "captured leaves", "system": "ours: catch-up", "limit": 0.05, "threshold": 0.8, "left": 0.4, "audited": 200, "disagreed": 8,
+        "tokens_per_s": 1500.0, "plain_tokens_per_s": 1000.0, "speedup": 1.5,
+    }  # fmt: skip
     peer = {"way": "transformers, prompt_lookup", "system": "-", "tokens_per_s": 70.0}
     result = {
         "benchmark": "lm_systems",
         "dtype": "bfloat16",
         "environment": MACHINE,
         "seconds_of_training": 25.0,
-        "rows": [drafts, leaves, peer],
+        "rows": [drafts, leaves, captured, peer],
     }
     monkeypatch.setattr(render, "results", lambda: {"c.json": result})
     text = render.lm_systems(PAGE)
     assert "| kangaroo | 2 | 6 | 0.60 | 2.00 | 1,200 | 1,000 | 1.20 | equal |" in text
     assert "| transformers, prompt_lookup | - | - | - | - | 70 | - | - | - |" in text
+    assert "| 0.05 | 0.80 | 0.40 | 0.040 | 1,500 | 1,000 | 1.50 |" in text
     assert "| free | CatchUp | 0.50 | 0.70 | 0.75 | 0.930 | 9.00 (8.00) | 9.50 (8.50) |" in text
