@@ -49,7 +49,9 @@ from offramp.budget.agreement import certify_table
 from offramp.budget.targets import Risk
 from offramp.cli.text_runs import Written, agreeing, by_threshold, calibrated, write
 from offramp.core.system import System
+from offramp.engines.text.draft_lengths import LengthChoice
 from offramp.engines.text.generate import generate
+from offramp.engines.text.round_times import times_of
 from offramp.engines.text.rounds import Rounds
 from offramp.engines.text.written import Generation
 from offramp.exits.lm import Shared
@@ -180,18 +182,18 @@ class Table(Measurement):
             self.plain = Rounds(self.first, 1, slots=self.args.context + 1, draft_length=0, compiled=self.compiled)
         return self.plain
 
-    def beside_plain(self, fast: Rounds) -> Turns:
-        """Every prompt by captured rounds and by plain ones in turn, in full and for its first token alone."""
-        ways, new = {"plain": self.plain_rounds(), "fast": fast}, self.args.new
-        for run in ways.values():
-            run.generate(self.prompts[:1], new)
+    def beside_plain(self, fast: Rounds, choice: LengthChoice | None = None) -> Turns:
+        """Every prompt by captured rounds, of the longest length or as chosen, and by plain ones in turn; in full, and its first token."""
+        ways, new = {"plain": self.plain_rounds().generate, "fast": partial(fast.generate, choice=choice)}, self.args.new
+        for write_one in ways.values():
+            write_one(self.prompts[:1], new)
         found = Turns(new)
         for turn, prompt in enumerate(self.prompts):
             taken: dict[str, float] = {}
-            calls = [(name, run, count) for count in (new, 1) for name, run in ways.items()]
-            for name, run, count in reversed(calls) if turn % 2 else calls:
+            calls = [(name, count) for count in (new, 1) for name in ways]
+            for name, count in reversed(calls) if turn % 2 else calls:
                 key = name if count == new else f"{name}_prompt"
-                taken[key], answer = seconds(partial(run.generate, [prompt], count), self.device)
+                taken[key], answer = seconds(partial(ways[name], [prompt], count), self.device)
                 if count == new:
                     getattr(found, name).append(answer)
             found.samples.append(taken)
@@ -258,9 +260,8 @@ class Table(Measurement):
             if math.isinf(threshold) or not self.budget.fits(f"accept: {limit:g}", self.args.guess):
                 continue
             with self.budget.part(f"accept: {limit:g}"):
-                run = self.beside_plain(
-                    Rounds(self.first, 1, slots=self.args.context + 1, way=Accept(threshold), compiled=self.compiled)
-                )  # fmt: skip
+                fast = Rounds(self.first, 1, self.args.context + 1, (0, 1, 3, 7), way=Accept(threshold), compiled=self.compiled)
+                run = self.beside_plain(fast, LengthChoice.of(times_of(fast, self.prompts[:1]), 0.5))
             depths = torch.cat([torch.as_tensor(w.depth[0])[1:] for w in run.fast])
             self.sheet.row(
                 way="captured leaves", system=f"ours: catch-up, {limit:g}", exit=self.first.exits[0], limit=limit, threshold=threshold,
