@@ -6,6 +6,7 @@ import importlib.util
 import os
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -29,6 +30,16 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"the data sets are not at {folder}; set OFFRAMP_DATA to the folder that holds them")
     return folder
+
+
+@pytest.fixture
+def render() -> ModuleType:
+    """The script that fills the pages, as a module of the test's own."""
+    spec = importlib.util.spec_from_file_location("docs_render", Path(__file__).resolve().parents[1] / "docs" / "render.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(autouse=True)

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 import offramp.exits
 import offramp.policies
 from offramp.backbones import Cut, Taps, cut, repeated_blocks
-from offramp.core.bundle import check_base, fingerprint, load_bundle, save_bundle
+from offramp.core.bundle import check_base, fingerprint, load_bundle, reading, save_bundle
 from offramp.core.certificate import Plan
 from offramp.core.errors import ArtifactError, FingerprintMismatch, InvalidInput, NotCuttable
 from offramp.core.flops import count_flops
@@ -449,15 +449,13 @@ def load(
         ArtifactError: a file is missing, truncated, altered or foreign.
     """
     content, tensors = load_bundle(folder, "adapter", "adapter")
-    try:
+    with reading(f"The adapter in {folder}"):
         exits = content["exits"]
         specs = [part_from_dict(e["head"], offramp.exits.PARTS) for e in exits]
         paths = [e["name"] for e in exits]
         num_outputs = int(content["num_outputs"])
         expected = content["fingerprint"]
         included = bool(content["base_included"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ArtifactError(f"The adapter in {folder} lacks or garbles a field: {error}.") from error
     if included:
         weights = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
         own = model.state_dict()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,15 +12,6 @@ import pytest
 pytest.importorskip("matplotlib")
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "results.md"
-
-
-@pytest.fixture
-def render() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("docs_render", ROOT / "docs" / "render.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 CPU = {

@@ -22,9 +22,9 @@ from torch import Tensor
 from offramp.budget.bounds import Sample, default_bound
 from offramp.budget.replay import F64, mean_estimate, share_estimate
 from offramp.budget.risk_control import CRC, LTT, Procedure
-from offramp.core.bundle import load_bundle, save_bundle
+from offramp.core.bundle import load_bundle, reading, save_bundle
 from offramp.core.certificate import Certificate, Estimate
-from offramp.core.errors import ArtifactError, BudgetInfeasible, FingerprintMismatch, InvalidInput, NoEffectWarning
+from offramp.core.errors import BudgetInfeasible, FingerprintMismatch, InvalidInput, NoEffectWarning
 from offramp.core.warn import warn
 
 Run = Callable[[float], ArrayLike | Tensor]
@@ -107,15 +107,13 @@ class ThresholdPlan:
             ArtifactError: the file is missing, truncated, altered or foreign.
         """
         content, _ = load_bundle(folder, "threshold", "step_threshold")
-        try:
+        with reading(f"The threshold in {folder}"):
             tried = tuple(
                 Tried(float(at), Estimate(*cost), None if drift is None else Estimate(*drift), bool(ok))
                 for at, cost, drift, ok in content["tried"]
             )
             certificate = Certificate.from_dict(content["certificate"])
             return cls(float(content["threshold"]), Estimate(*content["cost"]), tried, certificate, str(content["fingerprint"]))
-        except (KeyError, TypeError, ValueError) as error:
-            raise ArtifactError(f"The threshold in {folder} lacks or garbles a field: {error}.") from error
 
 
 def _pack(e: Estimate) -> list[float]:

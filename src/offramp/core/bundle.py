@@ -6,11 +6,12 @@ SHA-256 of the arrays and of itself, so that a truncated or altered file is refu
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,24 @@ def save_bundle(
     else:
         record["sha256"] = _digest(record)
     write_json(root / f"{name}.json", record)
+
+
+@contextlib.contextmanager
+def reading(what: str, *more: type[Exception]) -> Iterator[None]:
+    """Read the fields of what was loaded.
+
+    Args:
+        what: it is, and where it was found, for the message.
+        more: errors that a garbled field ends in here, beside those of a missing key, a wrong type or a wrong value.
+
+    Raises:
+        ArtifactError: a field was missing, or not what it should be.
+    """
+    garbled: tuple[type[Exception], ...] = (KeyError, TypeError, ValueError, *more)
+    try:
+        yield
+    except garbled as error:
+        raise ArtifactError(f"{what} lacks or garbles a field: {error}.") from error
 
 
 def load_bundle(folder: str | os.PathLike[str], name: str, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from offramp.core.bundle import load_bundle, save_bundle
-from offramp.core.errors import ArtifactError, FingerprintMismatch, InvalidInput
+from offramp.core.bundle import load_bundle, reading, save_bundle
+from offramp.core.errors import FingerprintMismatch, InvalidInput
 from offramp.core.parts import part_from_dict, part_to_dict
 from offramp.core.protocols import Rule
 
@@ -187,7 +187,7 @@ class Plan:
             ArtifactError: a file is missing, truncated, altered or foreign, or names an unknown rule.
         """
         content, weights = load_bundle(folder, "plan", "plan")
-        try:
+        with reading(f"The plan in {folder}", RuntimeError):  # weights of a rule that do not fit
             rule = part_from_dict(content["rule"], parts)
             if isinstance(rule, nn.Module):
                 rule.load_state_dict(weights)
@@ -202,5 +202,3 @@ class Plan:
                 content["fingerprint"],
                 content["notes"],
             )
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise ArtifactError(f"The plan in {folder} lacks or garbles a field: {error}.") from error

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offramp.core.bundle import load_bundle, save_bundle
-from offramp.core.errors import ArtifactError, InvalidInput, NotReplayable
+from offramp.core.bundle import load_bundle, reading, save_bundle
+from offramp.core.errors import InvalidInput, NotReplayable
 from offramp.core.parts import part_key
 from offramp.core.protocols import Rule
 from offramp.core.types import Readout
@@ -231,7 +231,7 @@ class Trace:
             ArtifactError: a file is missing, truncated, altered or foreign.
         """
         content, tensors = load_bundle(folder, "trace", "trace")
-        try:
+        with reading(f"The trace in {folder}"):
             recorded = {key: tensors[f"recorded.{i}"] for i, key in enumerate(content["recorded"])}
             latency = None if content["latency"] is None else LatencyTable.from_dict(content["latency"])
             return cls(
@@ -249,8 +249,6 @@ class Trace:
                 content["why_not_replayable"],
                 tensors.get("head_cost"),
             )
-        except (KeyError, TypeError, ValueError) as error:
-            raise ArtifactError(f"The trace in {folder} lacks or garbles a field: {error}.") from error
 
 
 @dataclass(frozen=True)

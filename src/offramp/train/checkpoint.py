@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from offramp.core.bundle import load_bundle, save_bundle
+from offramp.core.bundle import load_bundle, reading, save_bundle
 from offramp.core.errors import ArtifactError, InvalidInput, OfframpWarning
 from offramp.core.warn import warn
 
@@ -116,10 +116,8 @@ def read_checkpoint(folder: Path) -> dict[str, Any]:
         ArtifactError: it is truncated, altered or foreign.
     """
     content, tensors = load_bundle(folder, "state", "checkpoint")
-    try:
+    with reading(f"The checkpoint {folder}"):
         state = unflatten(content["state"], tensors)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ArtifactError(f"The checkpoint {folder} lacks or garbles a field: {error}.") from error
     if not isinstance(state, dict):
         raise ArtifactError(f"The checkpoint {folder} holds a {type(state).__name__}, not a mapping.")
     return state

@@ -260,7 +260,7 @@ class Alternating(Recipe):
 
 
 class Around(Recipe):
-    """A recipe that does something around the forward of another and leaves everything else to it."""
+    """A recipe made of another, to which it leaves everything that it does not change."""
 
     inner: Recipe
 
@@ -307,7 +307,7 @@ class ToNext:
 
 
 @dataclass(frozen=True)
-class Distill(Recipe):
+class Distill(Around):
     """``(1 - alpha) * inner + alpha * sum_k divergence(exit k, teacher)``; no gradient flows into the teacher.
 
     For classes the divergence is ``T^2 KL(p_teacher^T || p_k^T)``. With ``alpha=1`` no labels are needed (FastBERT, Liu et
@@ -330,21 +330,6 @@ class Distill(Recipe):
             raise InvalidInput(f"Distill needs temperature > 0 and alpha in [0, 1], got {self.temperature} and {self.alpha}.")
         _single(self, self.inner)
 
-    @property
-    def trains_model(self) -> bool:
-        return self.inner.trains_model
-
-    @property
-    def trains_heads(self) -> bool:
-        return self.inner.trains_heads
-
-    @property
-    def equilibrium(self) -> bool:
-        return self.inner.equilibrium
-
-    def around(self, net: MultiExit) -> AbstractContextManager[None]:
-        return self.inner.around(net)
-
     def objective(self, seen: Seen) -> Objective:
         if len(seen.logits) < 2:
             raise InvalidInput("Distill needs at least one early exit.")
@@ -359,7 +344,7 @@ class Distill(Recipe):
 
 
 @dataclass(frozen=True)
-class Frozen(Recipe):
+class Frozen(Around):
     """Heads alone. The model keeps its weights and batch statistics bit for bit, runs in eval mode, and no graph is kept of it.
 
     Attributes:
@@ -376,14 +361,8 @@ class Frozen(Recipe):
         return False
 
     @property
-    def trains_heads(self) -> bool:
-        return self.inner.trains_heads
-
-    def around(self, net: MultiExit) -> AbstractContextManager[None]:
-        return self.inner.around(net)
-
-    def objective(self, seen: Seen) -> Objective:
-        return self.inner.objective(seen)
+    def equilibrium(self) -> bool:
+        return False
 
 
 @dataclass(frozen=True)

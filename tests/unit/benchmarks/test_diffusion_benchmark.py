@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 from collections.abc import Callable
@@ -43,15 +42,6 @@ def plans(script: Callable[[str], ModuleType], ways: ModuleType) -> ModuleType:
 def bench(script: Callable[[str], ModuleType], plans: ModuleType) -> ModuleType:
     script("diffusion_text")
     return script("diffusion")
-
-
-@pytest.fixture(scope="module")
-def render() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("docs_render", ROOT / "docs" / "render.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,15 +11,6 @@ import pytest
 ROOT = Path(__file__).resolve().parents[3]
 PAGE = ROOT / "docs" / "results.md"
 MACHINE = {"device": "cuda:0", "device_name": "a GPU", "date": "2026-01-02T03:04:05", "commit": "0123456789"}
-
-
-@pytest.fixture(scope="module")
-def render() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("docs_render", ROOT / "docs" / "render.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def _equal(texts: int, equal: int, far: int = 0) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,3 +25,14 @@ def plan() -> Plan:
 @pytest.fixture(params=[False, True], ids=["host", "graphs"])
 def graphs(request: pytest.FixtureRequest) -> bool:
     return request.param
+
+
+@pytest.fixture(params=["plain calls", "tapes"])
+def plain_and_tapes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every test twice: with plain calls for graphs, and with what has the hazards of CUDA's."""
+    from tape import Tape
+
+    if request.param == "tapes":
+        monkeypatch.setattr("offramp.engines.capture.Graph", Tape)
+    yield
+    Tape.everything.clear()

@@ -75,6 +75,25 @@ def test_alternating_trains_the_last_exit_in_even_steps():
     assert odd.total.item() == pytest.approx(Joint(IndexWeighted()).objective(seen()).total.item())
 
 
+class Watching(Joint):
+    """Reads what a step costs and what is observed in the forward."""
+
+    @property
+    def needs_cost(self):
+        return True
+
+    def observe(self, logits, states):
+        return len(logits), len(states)
+
+
+@pytest.mark.parametrize("outer", [Distill, Frozen])
+def test_a_recipe_around_another_leaves_to_it_what_it_does_not_change(outer):
+    inner = Watching(equilibrium=True)
+    made = outer(inner)
+    assert made.needs_cost and made.observe((1, 2), (3,)) == (2, 1) and made.trains_heads
+    assert made.trains_model is (outer is Distill) and made.equilibrium is (outer is Distill)
+
+
 @pytest.mark.parametrize("to_next", [False, True])
 def test_distillation_by_hand_and_no_gradient_into_the_teacher(to_next):
     item = seen()

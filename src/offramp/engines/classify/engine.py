@@ -92,7 +92,7 @@ class Runner:
             args, kwargs = self._place(args, kwargs)
         output = self.net.select(self.net.model(*args, **kwargs))
         exits = torch.full((count,), self.stages[-1].exit, device=output.device)
-        return self._answers(output if output.ndim > 1 else output.unsqueeze(-1), exits)
+        return self._answers(output, exits)
 
     def stream(self, batches: Iterable[Any]) -> Iterator[Answers]:
         """Answers for each batch of an iterable, in order.

@@ -85,7 +85,7 @@ def record(
             args, kwargs, labels = unpack_batch(batch)
             args, kwargs = Example(args, kwargs).to(net.device, net.dtype)
             logits, states = net.forward_with_states(*args, **kwargs)
-            stacked = torch.stack([z.float() if z.ndim > 1 else z.float().unsqueeze(-1) for z in logits], dim=1)
+            stacked = torch.stack([z.float() for z in logits], dim=1)
             if not torch.isfinite(stacked).all():
                 rows, exits, _ = torch.nonzero(~torch.isfinite(stacked), as_tuple=True)
                 raise InvalidInput(

@@ -165,7 +165,7 @@ class Stage(nn.Module):
             cut_state = self.cut.advance(cut_state, made)
             if k == len(self.cut.segments) - 1:
                 final = net.select(self.cut.end(cut_state))
-                return (), final.unsqueeze(-1) if final.ndim == 1 else final, None
+                return (), final, None
             hidden = cut_state.hidden
             if self.last:  # no decision follows, so neither heads nor the rule are needed
                 continue

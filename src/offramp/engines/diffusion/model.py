@@ -22,8 +22,8 @@ from offramp.backbones import diffusers as library
 from offramp.backbones import repeated_blocks
 from offramp.backbones.taps import first_tensor
 from offramp.budget import NoiseBins
-from offramp.core.bundle import check_base, fingerprint, load_bundle, save_bundle
-from offramp.core.errors import ArtifactError, InvalidInput, NoEffectWarning, NotCuttable
+from offramp.core.bundle import check_base, fingerprint, load_bundle, reading, save_bundle
+from offramp.core.errors import InvalidInput, NoEffectWarning, NotCuttable
 from offramp.core.modes import evaluating
 from offramp.core.noise import FlowMatching, NoiseScale, VariancePreserving
 from offramp.core.parts import part_from_dict, part_to_dict
@@ -186,7 +186,9 @@ class DiffusionModel:
                 raise InvalidInput(f"{self.system.card.name} computes fewer tokens and takes no points.")
             return RegionDenoiser(self.net, self.system.reduction if regions is None else regions, observe=observe, run=run)
         if regions is not None:
-            raise InvalidInput(f"{self.system.card.name} skips parts of the denoiser; a plan of tokens is for a method such as ras.")
+            raise InvalidInput(
+                f"{self.system.card.name} skips parts of the denoiser; a plan of tokens is for a method that computes some of an image's."
+            )
         if isinstance(run, RegionRunner):
             raise InvalidInput(f"{self.system.card.name} skips parts of the denoiser, which a Captured runs, not {type(run).__name__}.")
         return Denoiser(self.net, self.points if points is None else points, observe=observe, run=run)
@@ -384,11 +386,9 @@ def saved(folder: str | os.PathLike[str]) -> tuple[str, dict[str, Any], dict[str
         ArtifactError: a file is missing, truncated, altered or foreign.
     """
     content, tensors = load_bundle(Path(folder), STEM, _KIND)
-    try:
+    with reading(f"The method in {folder}"):
         fields = {k: part_from_dict(content[k], PARTS) for k in ("skips", "threshold", "head")}
         return str(content["system"]), {**fields, "base": content["base"], "fingerprint": str(content["fingerprint"])}, tensors
-    except (KeyError, TypeError) as error:
-        raise ArtifactError(f"The method in {folder} lacks or garbles a field: {error}.") from error
 
 
 def changed(system: System, fields: Mapping[str, Any]) -> System:

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from offramp.core.bundle import load_bundle, save_bundle
+from offramp.core.bundle import load_bundle, reading, save_bundle
 from offramp.core.certificate import Certificate, Estimate
-from offramp.core.errors import ArtifactError, FingerprintMismatch, OfframpWarning
+from offramp.core.errors import FingerprintMismatch, OfframpWarning
 from offramp.core.parts import part_from_dict, part_to_dict
 from offramp.core.warn import warn
 from offramp.engines.diffusion.model import PARTS, DiffusionModel
@@ -110,7 +110,7 @@ class DenoisingPlan:
             ArtifactError: the file is missing, truncated, altered or foreign.
         """
         content, _ = load_bundle(folder, "denoising_plan", "denoising_plan")
-        try:
+        with reading(f"The plan in {folder}"):
             return cls(
                 str(content["system"]),
                 part_from_dict(content["points"], PARTS),
@@ -121,8 +121,6 @@ class DenoisingPlan:
                 part_from_dict(content.get("regions"), REGION_PARTS),  # plans from before it was kept have none
                 tuple(MeasuredSetting(str(setting), float(cost), float(fid)) for setting, cost, fid in content.get("tried", ())),
             )
-        except (KeyError, TypeError, ValueError) as error:
-            raise ArtifactError(f"The plan in {folder} lacks or garbles a field: {error}.") from error
 
 
 __all__ = ["DenoisingPlan", "MeasuredSetting"]

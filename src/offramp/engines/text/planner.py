@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from offramp.core.errors import ArtifactError, InvalidInput
+from offramp.core.bundle import reading
+from offramp.core.errors import InvalidInput
 from offramp.engines.text.agreement import Acceptance, agreement
 from offramp.engines.text.round_times import Candidate, Times, measure
 from offramp.engines.text.sampling import Sampling
@@ -117,13 +118,11 @@ class SpeculationPlan:
         Raises:
             ArtifactError: a field is missing or unknown.
         """
-        try:
+        with reading("The speculation plan"):
             times = dict(data["times"])
             times["candidates"] = tuple(Candidate(**{**c, "deep": tuple(c["deep"])}) for c in times["candidates"])
             chosen = None if data["chosen"] is None else Prediction(**data["chosen"])
             return cls(Times(**times), chosen, tuple(Prediction(**p) for p in data["predictions"]), float(data["margin"]))
-        except (KeyError, TypeError, ValueError) as error:
-            raise ArtifactError(f"The speculation plan lacks or garbles a field: {error}.") from error
 
 
 def even_acceptance(tokens: float, drafts: int) -> float:

@@ -2,12 +2,10 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator
 
 import pytest
 import torch
 from denoise_models import ToyHead, attached, dit, example, toy
-from tape import Tape
 from test_denoise import PLANS, TIMES, draw, trajectory
 from torch import Tensor, nn
 
@@ -33,13 +31,7 @@ from offramp.policies.fills import CachedOutput, CachedResidual, Extrapolated, H
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True, params=["plain calls", "tapes"])
-def _graphs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Every test twice: with plain calls for graphs, and with what has the hazards of CUDA's."""
-    if request.param == "tapes":
-        monkeypatch.setattr("offramp.engines.capture.Graph", Tape)
-    yield
-    Tape.everything.clear()
+pytestmark = pytest.mark.usefixtures("plain_and_tapes")
 
 
 @pytest.fixture(scope="module")

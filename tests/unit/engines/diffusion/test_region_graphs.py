@@ -5,13 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from denoise_models import autoencoder, dit, schedulers
-from tape import Tape
 from test_region_denoise import LITTLE, MODELS, NAMES, Own, close, conditions, families, images, of
 from torch import Tensor, nn
 
@@ -29,13 +27,7 @@ pytest.importorskip("diffusers")
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True, params=["plain calls", "tapes"])
-def _graphs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Every test twice: with plain calls for graphs, and with what has the hazards of CUDA's."""
-    if request.param == "tapes":
-        monkeypatch.setattr("offramp.engines.capture.Graph", Tape)
-    yield
-    Tape.everything.clear()
+pytestmark = pytest.mark.usefixtures("plain_and_tapes")
 
 
 def captured(**options: Any) -> CapturedRegions:

@@ -15,7 +15,6 @@ from language_models import build, own_greedy, prompts, shared
 from offramp.budget.agreement import BetaMixture
 from offramp.core.errors import InvalidInput
 from offramp.core.types import Readout
-from offramp.engines.text import rows as decoding
 from offramp.engines.text.generate import exits, generate, write
 from offramp.engines.text.rows import Rows
 from offramp.engines.text.sampling import Sampling
@@ -32,7 +31,7 @@ SAMPLED: dict[str, Any] = {"do_sample": True, "temperature": 0.8, "top_k": 20, "
 
 @pytest.fixture(autouse=True)
 def many_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoding, "READ", 8)
+    monkeypatch.setattr("offramp.engines.text.rows.READ", 8)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from language_models import FAMILIES, FULL_ATTENTION, VOCABULARY, build, own_greedy, prompts, shared
 from offramp.backbones.kv import KVCache
 from offramp.core.errors import InvalidInput
-from offramp.engines.text import rows as decoding
 from offramp.engines.text.generate import exits, generate, write
 from offramp.engines.text.rows import Rows
 from offramp.engines.text.sampling import Sampling
@@ -62,7 +61,7 @@ def agreeing(family: str = "llama", dtype: torch.dtype = torch.float32) -> Any:
 @pytest.fixture(autouse=True)
 def many_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
     """Read in small multiples, so that short texts cross many of their edges."""
-    monkeypatch.setattr(decoding, "READ", 8)
+    monkeypatch.setattr("offramp.engines.text.rows.READ", 8)
 
 
 def rows_of(lm: LanguageModel, texts: list[list[int]], mode: Any, new: int, **sampling: Any) -> Rows:
@@ -84,7 +83,7 @@ class TestEqualToTransformers:
             assert generate(lm, texts[2:3], mode, max_new_tokens=new).sequences.equal(expected[2:3]), mode
 
     def test_two_hundred_prompts(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(decoding, "READ", 64)
+        monkeypatch.setattr("offramp.engines.text.rows.READ", 64)
         model = shared("llama")
         lm = attach_lm(model, [1, 3])
         texts = prompts([1 + (7 * i) % 23 for i in range(200)])
@@ -114,7 +113,7 @@ class TestEqualToTransformers:
 
     def test_over_the_real_reading_edge(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """A draft may stand beyond the last multiple that the newest token needs."""
-        monkeypatch.setattr(decoding, "READ", 64)
+        monkeypatch.setattr("offramp.engines.text.rows.READ", 64)
         model = agreeing()
         lm = attach_lm(model, [2])
         for length in (58, 60, 61, 62, 63, 64):
