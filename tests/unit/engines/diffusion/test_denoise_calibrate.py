@@ -205,7 +205,7 @@ def test_a_share_of_the_tokens_is_the_largest_within_the_cost_and_is_what_runs(t
     with pytest.raises(BudgetInfeasible, match="fewest of 16 tokens") as caught:
         calibrate_denoiser(fast, MeanCost(0.3), **pictures())
     assert caught.value.best > 0.3
-    with pytest.raises(InvalidInput, match="a plan of tokens is for a method such as ras"):
+    with pytest.raises(InvalidInput, match="a plan of tokens is for a method that computes some"):
         attached("deepcache").run(plan.points, regions=regions)
 
 
