@@ -30,6 +30,9 @@ PACKED = 64
 SPLIT_SLOTS = 256
 """Slots for which a split is worth its share of the second kernel."""
 
+WHOLE_SLOTS = 512
+"""Slots that one program walks through sooner than two do and a second kernel adds up what they found."""
+
 PROGRAMS = 2
 """Programs of the kernel that each multiprocessor is given, so that one computes while another waits for memory."""
 
@@ -125,6 +128,8 @@ def slot_splits(programs: int, slots: int, processors: int) -> int:
         slots: most that a row can see.
         processors: multiprocessors of the device.
     """
+    if slots <= WHOLE_SLOTS:
+        return 1
     return max(1, min(PROGRAMS * processors // programs, -(-slots // SPLIT_SLOTS)))
 
 

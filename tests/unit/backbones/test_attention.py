@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from offramp.backbones import attention
-from offramp.backbones.attention import FEW, PACKED, SPLIT_SLOTS, block_slots, decoding_attention, masked_attention, packing, slot_splits
+from offramp.backbones.attention import FEW, PACKED, WHOLE_SLOTS, block_slots, decoding_attention, masked_attention, packing, slot_splits
 
 
 def test_every_head_of_a_group_is_served_by_as_few_programs_as_there_can_be():
@@ -32,7 +32,8 @@ def test_a_common_group_is_one_program():
     ("programs", "slots", "splits"),
     [
         (8, 200, 1),  # too short to split
-        (8, SPLIT_SLOTS + 1, 2),
+        (8, WHOLE_SLOTS, 1),
+        (8, WHOLE_SLOTS + 1, 3),
         (8, 8192, 32),  # as many as there is work for
         (8, 65536, 33),  # as many as fill the device
         (64, 8192, 4),

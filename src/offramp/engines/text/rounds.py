@@ -120,6 +120,7 @@ class Rounds:
             self.model = self.model.joined()
         with torch.inference_mode():
             self.state = Rows(lm, [[0]] * rows, slots - 1, self.sampling, [0] * rows, self.ends, used, longest)
+            self.state.prefill()  # takes the memory of every cache, which a compiler would else see taken, and compile once more without
             self.round = self._made(way)
             self.mail = Mailbox(self.round.count.numel(), self.device)
             self.board = Board(self.state.tokens, self.state.length)

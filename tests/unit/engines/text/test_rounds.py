@@ -61,6 +61,14 @@ def test_same_as_the_reference(lm, rows, draft_length, exit_index):
             assert found.accepted == expected.accepted or new == 1
 
 
+def test_caches_stand_before_anything_is_compiled(lm):
+    run = Rounds(lm, 3, slots=20, draft_length=2)
+    cache = run.state.cache
+    before = [t.data_ptr() for t in (*cache.keys, *cache.values)]
+    run.generate(prompts(3), 6)
+    assert [t.data_ptr() for t in (*cache.keys, *cache.values)] == before
+
+
 def test_sampled_and_ended_as_the_reference(lm):
     sampling = {"do_sample": True, "temperature": 0.8, "top_k": 20, "top_p": 0.9}
     run = Rounds(lm, 4, slots=60, draft_length=3, exit_index=1, sampling=Sampling(**sampling), eos_token_id=[5, 7])
