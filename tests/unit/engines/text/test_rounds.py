@@ -62,7 +62,7 @@ def test_same_as_the_reference(lm, rows, draft_length, exit_index):
 
 
 def test_caches_stand_before_anything_is_compiled(lm):
-    run = Rounds(lm, 3, slots=20, draft_length=2)
+    run = Rounds(lm, 3, slots=40, draft_length=2)
     cache = run.state.cache
     before = [t.data_ptr() for t in (*cache.keys, *cache.values)]
     run.generate(prompts(3), 6)
