@@ -281,9 +281,10 @@ def _launch(wrap: Any, query: Tensor, key: Tensor, value: Tensor, positions: Ten
         num_warps=8 if query.element_size() > 2 else 4, num_stages=3,  # products in float32 are not for tensor cores and need registers
     )  # fmt: skip
     if splits > 1:
+        step = min(8192 // padded, 1 << (splits - 1).bit_length())
         wrap(_combine())[(rows, heads * queries)](
             sums, marks, out, splits,
-            QUERIES=queries, HEADS=heads, WIDTH=width, PADDED_D=padded, STEP=8192 // padded, num_warps=4,
+            QUERIES=queries, HEADS=heads, WIDTH=width, PADDED_D=padded, STEP=step, num_warps=4,
         )  # fmt: skip
     return out
 

@@ -69,8 +69,8 @@ CASES = [  # dtype, rows, heads, groups, queries, width, slots, window, softcap;
     ("float32", 2, 6, 2, 3, 64, 130, 17, None),
     ("float32", 2, 4, 1, 16, 128, 90, 5, 30.0),
     ("float16", 2, 8, 2, 1, 16, 600, None, None),  # split in three
-    ("float32", 2, 5, 1, 13, 16, 300, None, 20.0),  # split, and a group shared by two programs, the second not full
-    ("float32", 2, 4, 2, 6, 80, 500, 270, None),  # split within the window
+    ("float32", 2, 5, 1, 13, 16, 700, None, 20.0),  # split, and a group shared by two programs, the second not full
+    ("float32", 2, 4, 2, 6, 80, 700, 560, None),  # split within the window
     ("float32", 1, 2, 1, 1, 256, 9000, None, None),  # more splits than are added up at once
 ]
 
