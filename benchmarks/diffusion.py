@@ -16,6 +16,16 @@ by the next call with the same arguments. In the order in which they matter:
 - ``text``: speed of every training-free system on denoisers with cross attention and two guidance branches, of random weights.
 - ``page``: an HTML page and, in the result, who wins at equal time.
 
+Side by side, each on a GPU of its own (``CUDA_VISIBLE_DEVICES``): one call chooses the plans, others take them in and measure, each with a
+result of its own, and the last one puts everything together, which needs no GPU and takes the settings from what is there:
+
+    python diffusion.py ... --families flow --parts plans --out runs/plans.json
+    python diffusion.py ... --families flow --parts quality --out runs/quality.json --take runs/plans.json --beside 1
+    python diffusion.py ... --families flow --parts time --out runs/time.json --take runs/plans.json --beside 1
+    python diffusion.py ... --parts page --out results/diffusion_h100.json --take runs/plans.json runs/quality.json runs/time.json
+
+``--work`` may be one folder for all of them, or the last call names all of theirs. Times are over the full model's in the same process.
+
 A model's variants belong to the model that they began with. Distances are in the features of `feature_net.py`, from its training images.
 """
 
@@ -29,12 +39,13 @@ import statistics
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusion_plans import Calibration, Plans, check_costs
+from diffusion_sheet import SETTINGS, Files, Result, models_in, settled, take, without_stale
 from diffusion_text import TEXT, TEXT_SYSTEMS, TextModel
 from diffusion_ways import (
     ByBlock,
@@ -49,11 +60,10 @@ from diffusion_ways import (
     model_of,
 )
 from feature_net import FeatureNet, Features, frozen, load_features, random_net
-from lm_common import Budget, Sheet, asked_parts, numbers, run_parts
+from lm_common import Budget, asked_parts, numbers, run_parts
 from torch import Tensor
 from train_diffusion import images_of
 
-from offramp.core.errors import OfframpError
 from offramp.engines.diffusion.denoise import Denoiser
 from offramp.measure.clock import compare, environment
 from offramp.measure.image_quality import (
@@ -74,6 +84,9 @@ from offramp.measure.image_report import ImageResult, against_controls, image_re
 PARTS = ("plans", "quality", "time", "text", "page")
 CALIBRATION_SEED, TIMING_SEED, EVALUATION_SEED = 1, 2, 10
 """Noise is of different seeds; those of evaluation count on from the last."""
+
+RIVALS = ("few-steps", "dpm++", "heun", "trained on", "static-schedule", "deepcache")
+"""What the best of ours is to beat at equal time: fewer steps (of any sampler, or of the model trained on), a schedule, DeepCache."""
 
 # ---- what is compared ----------------------------------------------------------------------------------------------------
 
@@ -167,7 +180,9 @@ def winner(
         share: of the full model's measured time.
 
     Returns:
-        Its title, share of time and distance, each control's distance there, and whether it beats all; ``None`` without measured times.
+        Its title, share of time and distance; each control's distance there, on the line between two of its settings, and of its next
+        dearer setting, which is at least as good where distances fall ever more slowly with cost; whether it beats all. ``None``
+        without measured times.
     """
     full = results.get("full model")
     timed = {t: results[t].time_ms[batch] for t in chosen if t in results and batch in results[t].time_ms}
@@ -179,10 +194,19 @@ def winner(
     ]
     reached = [v for v in rows if v["control_fid"] is not None]
     best = min(reached, key=lambda v: v["control_fid"], default=None)
+    dearer = {v["control"]: next_dearer(results, v["control"], batch, timed[title]) for v in rows}
+
+    def seen(v: Mapping[str, Any]) -> dict[str, Any]:
+        above = dearer[v["control"]]
+        return {"fid": v["control_fid"], "verdict": v["verdict"], "next_dearer": above,
+                "next_dearer_fid": None if above is None else results[above].mean_fid}  # fmt: skip
+
     return {
         "way": title, "batch": batch, "time_over_full": timed[title] / full.time_ms[batch], "fid": results[title].mean_fid,
-        "controls": {v["control"]: {"fid": v["control_fid"], "verdict": v["verdict"]} for v in rows},
+        "controls": {v["control"]: seen(v) for v in rows},
         "lower_than_all": bool(reached) and all(results[title].mean_fid < v["control_fid"] for v in reached),
+        "lower_than_next_dearer": bool(rows)
+        and all(results[title].mean_fid < results[above].mean_fid for above in dearer.values() if above is not None),
         "beyond_the_spread": bool(reached) and all(v["verdict"] == "better" for v in reached),
         "best_control": None if best is None else best["control"],
     }  # fmt: skip
@@ -198,13 +222,14 @@ def next_dearer(results: Mapping[str, ImageResult], control: str, batch: int, ti
 
 
 def in_turn(ways: Sequence[Way]) -> list[Way]:
-    """Ways in the order in which they matter: what the bar names first, then a setting of each system in turn."""
+    """Ways in the order in which they matter: what the bar names first, then a setting of each system in turn, near half the cost first."""
     first = ("full model", "few-steps", "ours", "deepcache", "static-schedule")
 
     def place(way: Way) -> tuple[int, int]:
         group = "ours" if way.about.get("chosen") else way.name
         rank = first.index(group) if group in first else len(first)
-        nth = [w.title for w in ways if w.name == way.name].index(way.title)
+        alike = sorted((w for w in ways if w.name == way.name), key=lambda w: abs(w.about.get("cost", 0.5) - 0.5))
+        nth = [w.title for w in alike].index(way.title)
         return rank if rank < len(first) else len(first) + nth, nth
 
     return sorted(ways, key=place)
@@ -225,25 +250,45 @@ class Benchmark:
         self.args, self.budget = args, Budget(args.minutes)
         self.device = torch.device(args.device)
         self.dtype = getattr(torch, args.dtype or ("bfloat16" if self.device.type == "cuda" else "float32"))
-        self.work = Path(args.work or Path(args.out).with_suffix(""))
-        self.work.mkdir(parents=True, exist_ok=True)
-        self.costs = check_costs([float(c) for c in args.costs.split(",")])
+        self.costs, self.half = (() if not c else check_costs([float(x) for x in c.split(",")]) for c in (args.costs, args.half))
         self.families: dict[str, dict[str, Model]] = {}
         self._features: dict[str, Features] = {}
         self._real: dict[str, Tensor] = {}
         self._full: dict[tuple[str, int], Tensor] = {}
-        self.images = images_of(args)
-        self.sheet = Sheet(
+        self._gaps: dict[tuple[str, str, str], dict[str, Any]] = {}
+        call = {
+            "environment": environment(self.device), "parts": args.parts, "families": args.families, "beside": args.beside,
+        }  # fmt: skip
+        self.sheet = Result(
             args.out,
             {
                 "benchmark": "diffusion", "dtype": str(self.dtype).removeprefix("torch."), "steps": args.steps, "samples": args.samples,
-                "guidance": args.guidance, "costs": list(self.costs), "calibration": args.calibration,
-                "environment": environment(self.device),
-                "rows": [],
+                "guidance": args.guidance, "costs": list(self.costs), "half": list(self.half), "calibration": args.calibration,
+                "environment": call["environment"], "rows": [],
+                "models": {n: d for n, d in models_in(args.models).items() if n in args.families.split(",")} if args.models else {},
             },
             self.budget,
-            same=("benchmark", "dtype", "steps", "samples", "guidance", "costs", "calibration"),
+            call,
         )  # fmt: skip
+        for path in args.take:
+            found = take(self.sheet.content, json.loads(path.read_text()), str(path))
+            print(f"taken from {path}: " + ", ".join(f"{n} {what}" for what, n in found.items()), flush=True)
+        self._asked()
+        self.files = Files(args.work or [Path(args.out).with_suffix("")], self.sheet.content)
+
+    def _asked(self) -> None:
+        """What a whole result would hold, and no rows of plans that are gone."""
+        content, args = self.sheet.content, self.args
+        content["seeds"] = max(args.seeds, content.get("seeds", 0))
+        content["batches"] = sorted({*numbers(args.batches), *content.get("batches", [])})
+        if gone := without_stale(content):
+            print(f"{gone} rows are of settings that are no longer planned and were dropped.", flush=True)
+        settled(content)
+        self.sheet.write()
+
+    @cached_property
+    def images(self) -> dict[str, tuple[Tensor, Tensor]]:
+        return images_of(self.args)
 
     # ---- what all parts use ------------------------------------------------------------------------------------------------------
 
@@ -259,9 +304,7 @@ class Benchmark:
         return self.families[name]
 
     def names(self) -> list[str]:
-        asked = self.args.families.split(",")
-        there = json.loads((Path(self.args.models) / "training.json").read_text())["stages"]
-        return [n for n in asked if n in there]
+        return [n for n in self.args.families.split(",") if n in self.sheet.content["models"]]
 
     def ways(self, name: str) -> list[Way]:
         """Settings that the part ``plans`` left in the result."""
@@ -275,10 +318,10 @@ class Benchmark:
 
     @contextlib.contextmanager
     def trying(self, what: str) -> Iterator[None]:
-        """A setting that fails is written down with its error and does not cost the others; the call then fails at its end."""
+        """What fails is written down with its error and does not cost the rest; the call then fails at its end."""
         try:
             yield
-        except (OfframpError, RuntimeError, ValueError, TypeError) as error:
+        except Exception as error:
             traceback.print_exc()
             self.sheet.content.setdefault("errors", {})[what] = f"{type(error).__name__}: {error}"
             self.sheet.write()
@@ -288,10 +331,10 @@ class Benchmark:
     def features(self) -> dict[str, Features]:
         """Feature networks, and features of the real images."""
         if not self._features:
-            real = self.images["train"][0].to(self.device)
             if self.args.features is not None:
                 self._features = {n: load_features(self.args.features, n, self.device) for n in ("trained", "random")}
             elif self.args.tiny:
+                real = self.images["train"][0].to(self.device)
                 torch.manual_seed(0)
                 self._features = {
                     "trained": frozen(FeatureNet(8, 16, 10, 1).eval(), self.device),
@@ -299,16 +342,35 @@ class Benchmark:
                 }
             else:
                 raise SystemExit("--features is needed: the folder that feature_net.py wrote.")
-            self._real = {n: f(real) for n, f in self._features.items()}
-            count = min(self.args.samples, len(real) // 2)
+            self._real = {n: self._features_of_real(n, f) for n, f in self._features.items()}
+            size = len(self._real["trained"])
+            count = min(self.args.samples, size // 2)
             floor = fid_floor(self._real["trained"], count)
             self.sheet.content["features"] = {
-                "folder": None if self.args.features is None else str(self.args.features), "real": len(real),
+                "networks": {n: f.network for n, f in self._features.items()}, "real": size,
                 "floor": list(floor.values), "floor_count": floor.count, "floor_mean": floor.mean,
-                "floor_carried_over": floor.at(self.args.samples, len(real)),
+                "floor_carried_over": floor.at(self.args.samples, size),
             }  # fmt: skip
             self.sheet.write()
         return self._features
+
+    def kept_real(self, kind: str) -> Tensor | None:
+        """Features of the training images, if an earlier call that this result knows of left them in a folder."""
+        about = self.sheet.content.get("features")
+        found: Tensor | None = None
+        if about is not None:
+            found = self.files.load(f"real-{about['networks'][kind][:12]}-{about['real']}.features.pt", self.device)
+        return found
+
+    def _features_of_real(self, kind: str, network: Features) -> Tensor:
+        about = self.sheet.content.get("features", {}).get("networks", {})
+        if about and about[kind] != network.network:
+            raise SystemExit("The result is in the features of other networks: give the folder that it was measured with to --features.")
+        found = self.kept_real(kind)
+        if found is None:
+            found = network(self.images["train"][0].to(self.device))
+            self.files.save(f"real-{network.network[:12]}-{len(found)}.features.pt", found)
+        return found
 
     # ---- plans -------------------------------------------------------------------------------------------------------------------
 
@@ -322,21 +384,19 @@ class Benchmark:
             family = self.family(name)
             base = family[name]
             calibration = Calibration.of(base, self.args.calibration, self.args.few, CALIBRATION_SEED)
-            plans = Plans(family, self.images["test"], calibration, self.costs, batch=self.args.sample_batch)
+            plans = Plans(family, self.images["test"], calibration, self.costs, batch=self.args.sample_batch, half=self.half)
             if name not in kept or self.args.again:
                 with self.budget.part(f"plans: {name}"), self.trying(f"plans: {name}"):
-                    found = [plans.full, *plans.controls(), *plans.systems()]
-                    if "full" in base.weights:
-                        found.append(Way("trained on", "all blocks", "full", base.steps, control=True))
-                    kept[name] = [w.to_dict() for w in found]
-                    self.sheet.write()
+                    kept[name] = [w.to_dict() for w in (plans.full, *plans.controls(), *plans.systems())]
+                    self.sheet.content.setdefault("planned_in", {})[name] = self.sheet.measured()
+                    self._asked()
             if name in kept and self.budget.fits(f"compositions: {name}", self.args.guess_plans / 2):
                 with self.budget.part(f"compositions: {name}"), self.trying(f"compositions: {name}"):
                     until = max(20.0, self.args.reserve * 60)
                     ours = plans.compositions(lambda: self.budget.left > until)
                     kept[name] = [w for w in kept[name] if not w["ours"]] + [w.to_dict() for w in ours]
                     whole[name] = "all were tried" if self.budget.left > until else "some were not tried for want of time"
-                    self.sheet.write()
+                    self._asked()
             print(f"{name}: {len(kept.get(name, []))} settings; compositions: {whole.get(name, 'not yet')}", flush=True)
 
     # ---- quality -----------------------------------------------------------------------------------------------------------------
@@ -345,32 +405,37 @@ class Benchmark:
         self.features()
         waiting = [
             (name, seed, way)
-            for seed in range(self.args.seeds)
+            for seed in range(self.args.first_seed, self.args.seeds)
             for name in self.names()
             for way in self.ways(name)
-            if not self.has(group="quality", system=name, way=way.title, rows=seed)
+            if not self.has(group="quality", system=name, way=way.title, rows=seed, key=way.key)
         ]
         about = f"{len(waiting)} samplings of {self.args.samples:,} images to do, {self.args.guess_quality * len(waiting) / 60:.0f} minutes"
         print(f"{about} at {self.args.guess_quality:g} s each; {self.budget.left:.0f} s left", flush=True)
         for name, seed, way in waiting:
-            if (name, seed) not in self._full and self.budget.fits(f"reference: {name}, seed {seed}", 3 * self.args.guess_quality):
-                with self.budget.part(f"reference: {name}, seed {seed}"):
-                    self.reference(name, seed)
-            if (name, seed) in self._full and self.budget.fits(f"quality {name}: {way.title}, seed {seed}", self.args.guess_quality):
-                with self.budget.part(f"quality {name}: {way.title}, seed {seed}"), self.trying(f"quality {name}: {way.title}"):
+            title = f"{way.title}, seed {seed}"
+            with self.trying(f"load: {name}"):
+                self.family(name)
+            if name not in self.families:
+                continue
+            if (name, seed) not in self._full and self.budget.fits(f"full model: {name}, seed {seed}", 3 * self.args.guess_quality):
+                with self.budget.part(f"full model: {name}, seed {seed}"), self.trying(f"quality {name}: full model, seed {seed}"):
+                    self._reference(name, seed)
+            if way.title == "full model" or (name, seed) not in self._full:
+                continue
+            if self.budget.fits(f"quality {name}: {title}", self.args.guess_quality):
+                with self.budget.part(f"quality {name}: {title}"), self.trying(f"quality {name}: {title}"):
                     self._quality(name, way, seed)
 
-    def reference(self, name: str, seed: int) -> Tensor:
-        """The full model's images of a seed, made where they are not there."""
-        if (name, seed) not in self._full:
-            path = self.work / f"{name}-full-{seed}.pt"
-            if path.is_file():
-                self._full[name, seed] = torch.load(path, map_location=self.device, weights_only=True)
-            else:
-                base = self.family(name)[name]
-                self._full[name, seed] = self._images(name, Way("full model", "", name, base.steps), seed)[0].half()
-                torch.save(self._full[name, seed], path)
-        return self._full[name, seed]
+    def _reference(self, name: str, seed: int) -> None:
+        """The full model's images of a seed, which all others are held against, and its row."""
+        way = next(w for w in self.ways(name) if w.title == "full model")
+        file = self.files.name(name, way, "images", seed, slug)
+        made = self.files.load(file, self.device)
+        if made is None or not self.has(group="quality", system=name, way=way.title, rows=seed, key=way.key):
+            made = self._quality(name, way, seed).half()
+            self.files.save(file, made)
+        self._full[name, seed] = made
 
     def _images(self, name: str, way: Way, seed: int) -> tuple[Tensor, dict[str, Any]]:
         """All images of a seed, and what ran."""
@@ -391,9 +456,9 @@ class Benchmark:
                 }  # fmt: skip
         return torch.cat(images), {**kept, "flops": sum(shares) / len(noise), "evaluations": drawn.calls}
 
-    def _quality(self, name: str, way: Way, seed: int) -> None:
+    def _quality(self, name: str, way: Way, seed: int) -> Tensor:
+        """Measure a setting's images of a seed; returns them."""
         begun = time.monotonic()
-        full = self.reference(name, seed).float()
         made, ran = self._images(name, way, seed)
         seconds = time.monotonic() - begun
         found: dict[str, Any] = {}
@@ -406,21 +471,26 @@ class Benchmark:
                 shares = precision_recall(real[: len(values)], values)
                 found |= {"kid": distance.mean, "kid_spread": distance.spread, "precision": shares.precision, "recall": shares.recall}
                 labels = torch.arange(len(made), device=self.device) % self.family(name)[name].classes
-                found["accuracy"] = float((network.classify(made) == labels).double().mean())
-                torch.save(values.half().cpu(), self.work / f"{name}-{slug(way.title)}-{seed}.features.pt")
-        ratio = psnr(made, full, 2.0)
-        exact = bool(ratio.isinf().all())
-        found |= {"psnr_db": None if exact else float(ratio[ratio.isfinite()].mean()), "relative_l2": float(relative_l2(made, full).mean())}
+                with torch.no_grad():
+                    found["accuracy"] = float((network.net.head(values).argmax(1) == labels).double().mean())
+                self.files.save(self.files.name(name, way, "features", seed, slug), values.half().cpu())
+        if way.title == "full model":
+            found |= {"psnr_db": None, "relative_l2": 0.0}
+        else:
+            full = self._full[name, seed].float()
+            ratio = psnr(made, full, 2.0)
+            found["psnr_db"] = None if bool(ratio.isinf().all()) else float(ratio[ratio.isfinite()].mean())
+            found["relative_l2"] = float(relative_l2(made, full).mean())
         if seed == 0:
-            rows = ran["depth"][:64] if "depth" in ran else None
-            torch.save(
-                {"images": made[:8].half().cpu(), "depth": rows, "log_snr": ran.get("log_snr")}, self.work / f"{name}-{slug(way.title)}.pt"
-            )
+            shown = {"images": made[:8].half().cpu(), "depth": ran["depth"][:64] if "depth" in ran else None, "log_snr": ran.get("log_snr")}
+            self.files.save(self.files.name(name, way, "shown", 0, slug), shown)
+        took = time.monotonic() - begun - seconds
         self.sheet.row(
             way=way.title, system=name, group="quality", rows=seed, control=way.control, ours=way.ours, model=way.model,
             flops=ran["flops"], evaluations=ran["evaluations"], **found, explained=ran.get("explained") if way.by_sample else None,
-            within=ran.get("within"), cache_bytes=ran.get("cache_bytes"), made_in_s=seconds,
+            within=ran.get("within"), cache_bytes=ran.get("cache_bytes"), made_in_s=seconds, judged_in_s=took, key=way.key,
         )  # fmt: skip
+        return made
 
     # ---- time --------------------------------------------------------------------------------------------------------------------
 
@@ -430,15 +500,17 @@ class Benchmark:
                 ways = [
                     w
                     for w in self.ways(name)
-                    if w.title != "full model" and not self.has(group="time", system=name, way=w.title, rows=batch)
+                    if w.title != "full model" and not self.has(group="time", system=name, way=w.title, rows=batch, key=w.key)
                 ]
                 ready: dict[str, Any] = {}
                 if not ways or not self.budget.fits(f"captured: {name}, batch {batch}", 4 * self.args.guess_time):
                     continue
                 minutes = self.args.guess_time * len(ways) / 60
                 print(f"{name}, batch {batch}: {len(ways)} settings to time, about {minutes:.0f} minutes", flush=True)
-                with self.budget.part(f"captured: {name}, batch {batch}"):
+                with self.budget.part(f"captured: {name}, batch {batch}"), self.trying(f"captured: {name}, batch {batch}"):
                     self._captured(name, batch, ready)
+                if f"captured: {name}, batch {batch}" in self.sheet.content.get("errors", {}):
+                    continue
                 for way in ways:
                     if self.budget.fits(f"time {name} {batch}: {way.title}", self.args.guess_time):
                         with self.budget.part(f"time {name} {batch}: {way.title}"), self.trying(f"time {name} {batch}: {way.title}"):
@@ -510,7 +582,8 @@ class Benchmark:
         ratio = done.ratios["ours"]
         self.sheet.row(
             way=way.title, system=name, group="time", rows=batch, over_full=ratio.value, over_full_95=[ratio.low, ratio.high],
-            median_ms=ms["ours"], full_ms=ms["full"], **found, samples_ms={n: list(t.samples_ms) for n, t in done.timings.items()},
+            median_ms=ms["ours"], full_ms=ms["full"], key=way.key, **found,
+            samples_ms={n: list(t.samples_ms) for n, t in done.timings.items()},
         )  # fmt: skip
 
     # ---- text --------------------------------------------------------------------------------------------------------------------
@@ -539,43 +612,50 @@ class Benchmark:
                 continue
             batches = sorted({b for r in results.values() for b in r.time_ms})
             chosen = [t for t, w in ways.items() if w.about.get("chosen")]
-            rivals = ("few-steps", "static-schedule", "deepcache")
             self.sheet.content.setdefault("verdicts", {})[name] = {
                 "seeds": len(results["full model"].fid),
                 "by_flops": verdicts(results, None),
                 "by_time": {str(b): verdicts(results, b) for b in batches},
-                "half_time": [found for b in batches if (found := winner(results, chosen, b, rivals)) is not None],
+                "half_time": [found for b in batches if (found := winner(results, chosen, b, RIVALS)) is not None],
                 "half_time_any_control": [
                     found for b in batches if (found := winner(results, chosen, b, sorted({r.name for r in results.values() if r.control})))
                 ],
+                "over_cost": [
+                    {"way": t, "asked": ways[t].about["cost"], "executed": r.flops} for t, r in results.items() if "cost" in ways[t].about
+                ],
             }  # fmt: skip
             for found in self.sheet.content["verdicts"][name]["half_time"]:
-                found["by_images"] = self._by_images(name, found, results)
+                found["by_images"] = self._by_images(name, ways, found)
+                there = {t for t, r in results.items() if found["batch"] in r.time_ms}
+                found["not_measured"] = [t for t, w in ways.items() if w.control and w.name in RIVALS and t not in there]
             self.sheet.write()
             self._page(name, ways, results)
 
-    def _by_images(self, name: str, found: Mapping[str, Any], results: Mapping[str, ImageResult]) -> dict[str, Any]:
+    def _by_images(self, name: str, ways: Mapping[str, Way], found: Mapping[str, Any]) -> dict[str, Any]:
         """The distance of a composition less that of each control's next dearer setting, with an interval over images of the first seed."""
-
-        def features(title: str) -> Tensor | None:
-            path = self.work / f"{name}-{slug(title)}-0.features.pt"
-            return torch.load(path, weights_only=True).float() if path.is_file() else None
-
-        self.features()
-        real = FeatureStatistics.of(self._real["trained"])
         out: dict[str, Any] = {}
-        for control in found["controls"]:
-            title = next_dearer(results, control, found["batch"], results[found["way"]].time_ms[found["batch"]])
-            mine, theirs = features(found["way"]), None if title is None else features(title)
-            if mine is not None and theirs is not None:
-                gap = fid_difference(mine, theirs, real)
-                out[control] = {"setting": title, "difference": [gap.value, gap.low, gap.high], "level": gap.level}
+        for control, about in found["controls"].items():
+            pair = (found["way"], about["next_dearer"])
+            if None in pair:
+                continue
+            if (name, *pair) not in self._gaps:
+                made = [self.files.load(self.files.name(name, ways[t], "features", 0, slug)) for t in pair]
+                if any(m is None for m in made):
+                    print(f"{name}: features of {' or '.join(pair)} are in none of the folders; no interval over images", flush=True)
+                    continue
+                real = self.kept_real("trained")
+                if real is None:
+                    print(f"{name}: features of the training images are in none of the folders; no interval over images", flush=True)
+                    break
+                gap = fid_difference(made[0].float(), made[1].float(), FeatureStatistics.of(real))
+                self._gaps[(name, *pair)] = {"setting": pair[1], "difference": [gap.value, gap.low, gap.high], "level": gap.level}
+            out[control] = self._gaps[(name, *pair)]
         return out
 
     def _page(self, name: str, ways: Mapping[str, Way], results: Mapping[str, ImageResult]) -> None:
         def kept(title: str) -> dict[str, Any] | None:
-            path = self.work / f"{name}-{slug(title)}.pt"
-            return torch.load(path, weights_only=True) if path.is_file() else None
+            found: dict[str, Any] | None = self.files.load(self.files.name(name, ways[title], "shown", 0, slug))
+            return found
 
         full = kept("full model")
         shown = [
@@ -590,7 +670,7 @@ class Benchmark:
                 levels = found["log_snr"]
         same = {d.shape[1] for d in depths.values()} == {len(levels)}
         about = self.sheet.content["features"]
-        target = Path(self.args.page or self.work) / f"diffusion-{name}.html"
+        target = Path(self.args.page or self.files.folders[0]) / f"diffusion-{name}.html"
         image_report(
             target, full=results["full model"], results=[r for t, r in results.items() if t != "full model"],
             features=f"a classifier of the training images; reference: {about['real']:,} of these",
@@ -600,6 +680,7 @@ class Benchmark:
             notes=[
                 f"{self.args.samples:,} images a seed, {self.args.steps} steps, guidance {self.args.guidance:g}, {self.dtype}.",
                 "Settings were chosen on other noise and on held-out images.",
+                *self.sheet.content["missing"][name],
             ],
             environment=self.sheet.content["environment"],
         )  # fmt: skip
@@ -616,6 +697,17 @@ def _each(denoiser: torch.nn.Module, calls: Sequence[Mapping[str, Any]], times: 
         denoiser.release()
 
 
+def _as_measured(args: argparse.Namespace) -> None:
+    """Settings of a call that measures nothing are those of the first result that is there."""
+    path = next((p for p in (args.out, *args.take) if p.is_file()), None)
+    if path is None:
+        raise SystemExit(f"There is no result at {args.out} to make a page of, and none to --take.")
+    found = json.loads(path.read_text())
+    for name in SETTINGS[1:]:
+        setattr(args, name, ",".join(map(str, found[name])) if isinstance(found[name], list) else found[name])
+    args.seeds, args.batches = found.get("seeds", args.seeds), ",".join(map(str, found.get("batches", numbers(args.batches))))
+
+
 def estimate(args: argparse.Namespace) -> str:
     """What a whole run would take on one H100, from the guesses, in words."""
     return (
@@ -626,20 +718,25 @@ def estimate(args: argparse.Namespace) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", type=Path, required=True, help="folder that train_diffusion.py wrote")
+    parser.add_argument("--models", type=Path, default=None, help="folder that train_diffusion.py wrote; text and page need none")
     parser.add_argument("--out", type=Path, required=True, help="the result; what is there is gone on with")
     parser.add_argument("--data", type=Path, default=None, help="images with splits train and test; scikit-learn's digits by default")
     parser.add_argument("--features", type=Path, default=None, help="folder that feature_net.py wrote")
-    parser.add_argument("--work", type=Path, default=None, help="folder for images and features; beside the result by default")
-    parser.add_argument("--page", type=Path, default=None, help="folder for the HTML pages; WORK by default")
+    parser.add_argument("--take", type=Path, nargs="+", default=[], help="results of other calls with the same settings, to take in")
+    parser.add_argument("--beside", type=int, default=0, help="how many other processes measure on this host meanwhile; noted")
+    parser.add_argument("--work", type=Path, nargs="+", default=None,
+                        help="folder for images and features, beside the result by default; more are read")  # fmt: skip
+    parser.add_argument("--page", type=Path, default=None, help="folder for the HTML pages; the first of WORK by default")
     parser.add_argument("--parts", default=",".join(PARTS), help="some of these, with commas between")
     parser.add_argument("--families", default="flow,noise,unet", help="some of these, with commas between")
-    parser.add_argument("--again", action="store_true", help="choose plans anew; rows of changed settings are to be deleted by hand")
+    parser.add_argument("--again", action="store_true", help="choose plans anew; rows of changed settings are dropped")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default=None, help="bfloat16 on CUDA by default, float32 on a CPU")
     parser.add_argument("--minutes", type=float, default=9.0, help="of the whole call")
     parser.add_argument("--reserve", type=float, default=0.5, help="minutes that the choice of compositions leaves")
-    parser.add_argument("--costs", default="0.75,0.6,0.5,0.45")
+    parser.add_argument("--costs", default="0.75,0.6,0.5")
+    parser.add_argument("--half", default="0.45,0.4", help="further costs of compositions alone, so that one takes half of the time")
+    parser.add_argument("--first-seed", type=int, default=0, help="that this call samples with; those before are another call's")
     parser.add_argument("--batches", default="64,8,1")
     parser.add_argument("--text-batches", default="1,8")
     parser.add_argument("--no-compile", dest="compile", action="store_false")
@@ -652,13 +749,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tiny", action="store_true", help="a trial of everything")
     args = parser.parse_args(arguments)
     if args.tiny:
-        trial = {"steps": 8, "samples": 24, "sample_batch": 12, "seeds": 1, "calibration": 4, "few": 2, "repeats": 1, "subsets": 2}
-        trial |= {"costs": "0.6", "batches": "2", "text_batches": "1", "items": 200}
+        trial: dict[str, Any] = {
+            "steps": 8,
+            "samples": 24,
+            "sample_batch": 12,
+            "seeds": 1,
+            "calibration": 4,
+            "few": 2,
+            "repeats": 1,
+            "subsets": 2,
+        }
+        trial |= {"costs": "0.6", "half": "0.5", "batches": "2", "text_batches": "1", "items": 200}
         trial |= {f"guess_{part}": 1.0 for part in ("plans", "quality", "time", "text")}
-        for name, value in trial.items():
-            if getattr(args, name) == parser.get_default(name):
-                setattr(args, name, value)
+        parser.set_defaults(**trial)  # what was given stays
+        args = parser.parse_args(arguments)
     asked = asked_parts(args.parts, PARTS)
+    if asked == ["page"]:
+        _as_measured(args)
+    if not {"plans", "quality", "time"} & set(asked):
+        args.models = None
+    elif args.models is None:
+        parser.error("--models is needed: the folder that train_diffusion.py wrote.")
     torch.set_float32_matmul_precision("high")
     print(estimate(args), flush=True)
     bench = Benchmark(args)

@@ -119,10 +119,21 @@ def reused_steps(bins: Sequence[int], chosen: Sequence[int | None]) -> list[bool
     return out
 
 
-def best_of(ways: Sequence[Way]) -> list[Way]:
-    """Of each system's settings for one cost the one with the least drift on calibration noise; the best of all is marked as chosen."""
+SLACK = 1.02
+"""A setting may execute so many times what it was to cost."""
+
+
+def best_of(ways: Sequence[Way], chosen_only: Sequence[float] = ()) -> list[Way]:
+    """Of each system's settings for one cost the one with the least drift on calibration noise; the best of all is marked as chosen.
+
+    Args:
+        ways: what was tried; what executed more than it was to cost does not count.
+        chosen_only: costs of which nothing but the chosen one is kept.
+    """
     best: dict[tuple[str, Any], Way] = {}
     for way in ways:
+        if way.about["spent"] > SLACK * way.about["cost"]:
+            continue
         key = (way.name, way.about["cost"])
         if key not in best or way.about["drift"] < best[key].about["drift"]:
             best[key] = way
@@ -130,7 +141,7 @@ def best_of(ways: Sequence[Way]) -> list[Way]:
     for cost in {w.about["cost"] for w in found}:
         first = min((w for w in found if w.about["cost"] == cost), key=lambda w: w.about["drift"])
         found[found.index(first)] = replace(first, about={**first.about, "chosen": True})
-    return found
+    return [w for w in found if w.about["cost"] not in chosen_only or w.about.get("chosen")]
 
 
 # ---- the chooser ---------------------------------------------------------------------------------------------------------
@@ -144,6 +155,7 @@ class Plans:
         data: held-out images in [-1, 1] and their classes.
         calibration: noise to choose by.
         costs: shares of the full model's FLOPs.
+        half: further ones for compositions, of which the chosen alone is kept: an equal share of time takes fewer FLOPs.
         fine: the reference of drift takes so many times the steps.
         batch: samples at a time.
         say: is told what was chosen.
@@ -151,9 +163,10 @@ class Plans:
 
     def __init__(
         self, family: Mapping[str, Model], data: tuple[Tensor, Tensor], calibration: Calibration, costs: Sequence[float], fine: int = 4,
-        batch: int = 256, say: Callable[[str], None] = print,
+        batch: int = 256, say: Callable[[str], None] = print, half: Sequence[float] = (),
     ) -> None:  # fmt: skip
         self.family, self.data, self.calibration, self.costs = family, data, calibration, tuple(costs)
+        self.half = tuple(c for c in half if c not in self.costs)
         self.fine, self.batch, self.say = fine, batch, say
         self.base = next(iter(family.values()))
         self.layout, self.steps = self.base.layout, self.base.steps
@@ -226,40 +239,66 @@ class Plans:
     # ---- controls ------------------------------------------------------------------------------------------------------------
 
     def controls(self) -> list[Way]:
-        """Settings of what needs no method, at each cost and at some lower ones, so that equal times can be read off."""
+        """Settings of what needs no method, at each cost and at some lower ones, so that equal times can be read off.
+
+        What a control leaves open (DeepCache its branch, a static schedule what it is to lose least of) is chosen for it as compositions
+        are: by drift on calibration noise.
+        """
         more = sorted({*self.costs, 0.9, 0.4, 0.3}, reverse=True)
         out: list[Way] = []
         for sampler, name in (("own", "few-steps"), ("dpm++", "dpm++"), ("heun", "heun")):
             for cost in [1.0, *more] if sampler != "own" else more:
                 steps = steps_for(sampler, cost, self.steps)
                 count = evaluations(sampler, steps)
-                way = Way(name, f"{count} evaluations", self.base.name, steps, sampler=sampler, control=True)
+                way = Way(name, f"{count} evaluations", self.base.name, steps, sampler=sampler, control=True, about={"cost": cost})
                 out += [way] if all(way.title != w.title for w in out) else []
         out += self._deepcache(more) + self._random()
         if self.has_blocks:
             stage = "uniform" if "uniform" in self.base.weights else self.base.name
-            out += [w for cost in more if (w := self.schedule("static-schedule", stage, cost, control=True)) is not None]
+            out += [w for cost in more if (w := self._static(stage, cost)) is not None]
             out += self._shallow(stage)
         if "shallow" in self.family:
             out.append(Way("smaller model", f"{self.family['shallow'].stages['shallow'].about['blocks']} blocks", "shallow", self.steps,
                            control=True))  # fmt: skip
-        return out
+        return out + self._trained_on()
+
+    def _trained_on(self) -> list[Way]:
+        """The whole model trained for as many steps as what leaves early, and fewer steps of it."""
+        if "full" not in self.base.weights:
+            return []
+        fewer = {steps_for("own", c, self.steps): c for c in self.costs}
+        settings = [(self.steps, "all blocks", {}), *((n, f"{n} evaluations", {"cost": c}) for n, c in fewer.items())]
+        return [Way("trained on", setting, "full", n, control=True, about=about) for n, setting, about in settings]
+
+    def least_drift(self, ways: Sequence[Way]) -> Way:
+        """Of several settings the one whose final images differ least; one alone is not run."""
+        return ways[0] if len(ways) == 1 else min(ways, key=lambda w: self.drift(w)[0])
+
+    def _static(self, stage: str, cost: float) -> Way | None:
+        """The schedule that loses least on held-out images, or the one that changes the prediction least."""
+        found = [w for by in ("loss", "drift") if (w := self.schedule("static-schedule", stage, cost, by, control=True)) is not None]
+        return self.least_drift(list({w.points: w for w in found}.values())) if found else None
 
     def _deepcache(self, costs: Sequence[float]) -> list[Way]:
         out = []
         for interval in (2, 3, 5):
             points = systems.build("deepcache", interval=interval).skips.points(self.layout)
             out.append(Way("deepcache", f"every {interval}", self.base.name, self.steps, points, control=True))
-        reuse = systems.build("deepcache").skips
-        levels = self.base.levels()
         for cost in costs:
-            try:
-                reused = even_steps(self.steps, cost, self.reuse_share(reuse.region.span(self.layout)))
-            except BudgetInfeasible:
-                continue
-            points = reuse.at_steps(levels, reused).points(self.layout)
-            out.append(Way("deepcache", f"evenly, cost {cost:g}", self.base.name, self.steps, points, control=True))
+            found = [w for b in range(self.branches()) if (w := self._evenly(b, cost)) is not None]
+            out += [self.least_drift(found)] if found else []
         return out
+
+    def _evenly(self, branch: int, cost: float) -> Way | None:
+        """DeepCache's branch at evenly spread steps; ``None`` where so little cannot be spent."""
+        reuse = systems.build("deepcache", branch=branch).skips
+        try:
+            reused = even_steps(self.steps, cost, self.reuse_share(reuse.region.span(self.layout)))
+        except BudgetInfeasible:
+            return None
+        points = reuse.at_steps(self.base.levels(), reused).points(self.layout)
+        about = {"cost": cost, "branch": branch}
+        return Way("deepcache", f"evenly, cost {cost:g}", self.base.name, self.steps, points, control=True, about=about)
 
     def _random(self) -> list[Way]:
         share = 1 - self.reuse_share(AfterFirst(1).span(self.layout))
@@ -269,7 +308,7 @@ class Plans:
             if rate < 1:
                 system = systems.build("random-skip", rate=rate)
                 points = system.skips.points(self.layout, system.threshold)
-                out.append(Way("random-skip", f"cost {cost:g}", self.base.name, self.steps, points, control=True))
+                out.append(Way("random-skip", f"cost {cost:g}", self.base.name, self.steps, points, control=True, about={"cost": cost}))
         return out
 
     def _shallow(self, stage: str) -> list[Way]:
@@ -281,17 +320,17 @@ class Plans:
 
     # ---- systems -------------------------------------------------------------------------------------------------------------
 
-    def schedule(self, name: str, stage: str, cost: float, control: bool = False) -> Way | None:
-        """The schedule of depths of least loss on held-out images for a cost; ``None`` if even one block is dearer."""
+    def schedule(self, name: str, stage: str, cost: float, by: str = "loss", control: bool = False) -> Way | None:
+        """The schedule of depths of least loss (or drift) on held-out images for a cost; ``None`` if even one block is dearer."""
         table = self.depth_table(stage)
         bins, levels = NoiseBins(tuple(table["edges"])), self.base.levels()
         price = [f / table["flops"][-1] for f in table["flops"]]
         try:
-            found = best_schedule(bins, table["loss"], price, bins.counts(levels), cost)
+            found = best_schedule(bins, table[by], price, bins.counts(levels), cost)
         except BudgetInfeasible:
             return None
         return Way(name, f"cost {cost:g}", stage, self.steps, self._depth_points(bins, found.depths), control=control,
-                   about={"depths": [d + 1 for d in found.depths]})  # fmt: skip
+                   about={"cost": cost, "depths": [d + 1 for d in found.depths], "by": by})  # fmt: skip
 
     def _depth_points(self, bins: NoiseBins, depths: Sequence[int | None]) -> tuple[Point, ...]:
         blocks = self.layout.blocks
@@ -354,14 +393,17 @@ class Plans:
 
     # ---- compositions --------------------------------------------------------------------------------------------------------
 
+    def branches(self) -> int:
+        """Of DeepCache that are tried, the shallowest first."""
+        return min(3, len(self.layout.deep) if self.layout.deep else (len(self.layout.blocks) - 1) // 2)
+
     def regions(self) -> list[Region]:
-        branches = len(self.layout.deep) if self.layout.deep else (len(self.layout.blocks) - 1) // 2
-        return [*(Deep(b) for b in range(min(3, branches))), *([AfterFirst(1)] if self.has_blocks else [])]
+        return [*(Deep(b) for b in range(self.branches())), *([AfterFirst(1)] if self.has_blocks else [])]
 
     def compositions(self, fits: Callable[[], bool] = lambda: True) -> list[Way]:
         """The best of each kind at each cost, by drift on calibration noise; ``fits`` says whether there is time to go on."""
         tried: list[Way] = []
-        for cost in sorted(self.costs, key=lambda c: abs(c - 0.5)):  # what the bar asks for comes first
+        for cost in sorted((*self.costs, *self.half), key=lambda c: abs(c - 0.5)):  # what the bar asks for comes first
             waiting = [*self._caches(cost), *self._stepped(cost), *self._mixed(cost), *self._nested(cost)]
             for way in waiting:
                 if not fits():
@@ -369,7 +411,7 @@ class Plans:
                 tried.append(self._tried(way, cost))
             if fits() and (best := [w for w in tried if w.name == "ours: cache" and w.about["cost"] == cost]):
                 tried += [self._tried(w, cost) for w in self._with_rule(cost, min(best, key=lambda w: w.about["drift"]))]
-        return best_of(tried)
+        return best_of(tried, self.half)
 
     def _tried(self, way: Way, cost: float) -> Way:
         drift, spent = self.drift(way)

@@ -130,6 +130,8 @@ class TextModel:
                 setting, points = f"cost {COST:g}", self._to_cost(name, *RANGES[name])
             except BudgetInfeasible as error:
                 print(f"{self.kind}: {name}: {error}", flush=True)
+                ends = [self.skips[name](value) for value in RANGES[name]]
+                setting, points = "as cheap as it gets", min(ends, key=lambda p: self._cost(Denoiser(self.net, p)))
         return setting, Denoiser(self.net, points, run=runner)
 
     def times(self, batch: int, names: Sequence[str], repeats: int, compiled: bool) -> Iterator[dict[str, Any]]:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
+import json
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -95,6 +97,12 @@ class Way:
         """JSON data; `from_dict` reads it."""
         plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("points", "regions")}
         return {**plain, "about": dict(self.about), "points": part_to_dict(self.points), "regions": part_to_dict(self.regions)}
+
+    @property
+    def key(self) -> str:
+        """Digest of what runs: two ways of one title and other points have other keys."""
+        what = {k: v for k, v in self.to_dict().items() if k in ("model", "steps", "points", "sampler", "regions")}
+        return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Way:

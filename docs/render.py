@@ -503,6 +503,7 @@ def lm_systems(page: Path) -> str:
 
 # What denoising is held to on CUDA at batch 64: exit efficiency of schedules, and of rules that decide for each sample.
 SCHEDULES, RULES = 0.90, 0.80
+COST_SLACK = 1.02
 MEASURED = ("StateChange", "ResidualChange", "InputChange", "Uncertainty", "Chance")
 
 
@@ -517,26 +518,71 @@ def title_of(way: Mapping[str, Any]) -> str:
 
 
 def settings(result: Mapping[str, Any], family: str) -> list[list[str]]:
-    """A line for every setting that was sampled with, in the order in which they were."""
-    found: dict[str, list[Mapping[str, Any]]] = {}
+    """A line for every planned setting of which something was measured; distances are of the seeds that all settings have."""
+    found: dict[str, dict[int, Mapping[str, Any]]] = {}
     times: dict[tuple[str, int], Mapping[str, Any]] = {}
     for r in result["rows"]:
         if r.get("system") == family and r["group"] == "quality":
-            found.setdefault(r["way"], []).append(r)
+            found.setdefault(r["way"], {})[r["rows"]] = r
         if r.get("system") == family and r["group"] == "time":
             times[r["way"], r["rows"]] = r
-    chosen = {title_of(w) for w in result.get("plans", {}).get(family, []) if w["about"].get("chosen")}
+    seeds = sorted(set.intersection(*(set(by_seed) for by_seed in found.values()))) if found else []
+    timed = {batch for _, batch in times}
     lines = []
-    for title, rows in found.items():
-        first = rows[0]
-        kind = "full" if title == "full model" else "control" if first["control"] else "chosen" if title in chosen else "system"
-        over = [1.0 if kind == "full" else times.get((title, b), {}).get("over_full") for b in (1, 8, 64)]
-        efficiency = times.get((title, 64), {}).get("exit_efficiency")
-        cells = [kind, number(first["flops"]), *(number(v) for v in over), number(efficiency), spread([r["fid"] for r in rows])]
-        cells += [spread([r["fid_random"] for r in rows]), f"{first['kid']:.3g}", number(first.get("psnr_db"), 1)]
-        cells += [number(first.get("explained"), 2), "-" if first.get("cache_bytes") is None else f"{first['cache_bytes']:,.0f}"]
-        lines.append([title, *cells])
+    for way in result["plans"][family]:
+        title = title_of(way)
+        rows = [found[title][s] for s in seeds] if title in found else []
+        if not rows and all(t != title for t, _ in times):
+            continue
+        kind = "full" if title == "full model" else "control" if way["control"] else "chosen" if way["about"].get("chosen") else "system"
+        over = [1.0 if kind == "full" and b in timed else times.get((title, b), {}).get("over_full") for b in (1, 8, 64)]
+        largest = times.get((title, 64), {})
+        whole = f" ({largest['exit_efficiency_whole']:.3f})" if "exit_efficiency_whole" in largest else ""
+        cells = [number(rows[0]["flops"] if rows else None), *(number(v) for v in over), number(largest.get("exit_efficiency")) + whole]
+        if rows:
+            first = rows[0]
+            cells += [spread([r["fid"] for r in rows]), spread([r["fid_random"] for r in rows]), f"{first['kid']:.3g}"]
+            cells += [number(first.get("psnr_db"), 1), number(first.get("explained"), 2)]
+            cells += ["-" if first.get("cache_bytes") is None else f"{first['cache_bytes']:,.0f}"]
+        lines.append([title, kind, *cells, *["not measured"] * (0 if rows else 6)])
     return lines
+
+
+def against(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Every setting of a system against every control at the same cost: its distance less the control's."""
+    controls = list(dict.fromkeys(r["control"] for r in rows))
+    ways: dict[str, dict[str, Mapping[str, Any]]] = {}
+    for r in rows:
+        ways.setdefault(r["way"], {})[r["control"]] = r
+
+    def cell(r: Mapping[str, Any] | None) -> str:
+        if r is None or r["difference"] is None:
+            return "-"
+        return f"{r['difference'][0]:+.3g}" + ("" if r["verdict"] in ("better", "worse") else " ~")
+
+    costs = {way: next(iter(by.values()))["cost"] for way, by in ways.items()}
+    return table(["setting", "cost", *controls], [[w, number(costs[w]), *(cell(by.get(c)) for c in controls)] for w, by in ways.items()])
+
+
+def half_time(found: Mapping[str, Any]) -> list[str]:
+    """The composition at half of the measured time against the controls, as a line of bars."""
+    rivals = ", ".join(
+        f"{name} not as cheap" if c["fid"] is None else f"{name} {c['fid']:.3g} ({c['verdict']})" for name, c in found["controls"].items()
+    )
+    what = f"FID of {found['way']}, at {found['time_over_full']:.2f} of the time, batch {found['batch']}, below all of these"
+    if found.get("not_measured"):
+        words = f"not judged: {len(found['not_measured'])} settings of these controls are not measured"
+    elif not 0.4 <= found["time_over_full"] <= 0.6:
+        words = "not at half of the time"
+    else:
+        words = verdict(found["lower_than_all"]) + ("" if found["beyond_the_spread"] else ", not clear of the spread over seeds")
+        above = {name: c["next_dearer_fid"] for name, c in found["controls"].items() if c.get("next_dearer_fid") is not None}
+        dearer = [name for name, fid in above.items() if found["fid"] >= fid]
+        words += f"; not below the next dearer setting of {', '.join(dearer)}" if dearer else "; below the next dearer setting of each"
+        gaps = [g["difference"][2] for g in found.get("by_images", {}).values()]
+        if not dearer and gaps:
+            words += f", {'' if max(gaps) < 0 else 'not '}clear of chance over images"
+    return [what, f"{found['fid']:.3g}; {rivals}", words]
 
 
 def denoising_bars(result: Mapping[str, Any], family: str) -> list[list[str]]:
@@ -555,31 +601,57 @@ def denoising_bars(result: Mapping[str, Any], family: str) -> list[list[str]]:
             out.append(
                 [f"exit efficiency of {what}, batch 64, lowest >= {bar:.2f}", f"{value:.3f} ({least['way']})", verdict(value >= bar)]
             )
-    for found in result.get("verdicts", {}).get(family, {}).get("half_time", []):
-        rivals = ", ".join(
-            f"{name} not as cheap" if c["fid"] is None else f"{name} {c['fid']:.3g} ({c['verdict']})"
-            for name, c in found["controls"].items()
-        )
-        what = f"FID of {found['way']}, at {found['time_over_full']:.2f} of the time, batch {found['batch']}, below all of these"
-        words = verdict(found["lower_than_all"]) + ("" if found["beyond_the_spread"] else ", not clear of chance")
-        words = words if 0.4 <= found["time_over_full"] <= 0.6 else "not at half of the time"
-        out.append([what, f"{found['fid']:.3g}; {rivals}", words])
-    return out
+    about = result.get("verdicts", {}).get(family, {})
+    over = [(r["executed"] / r["asked"], r["way"]) for r in about.get("over_cost", [])]
+    if over:
+        most, beyond = max(over), sum(o > COST_SLACK for o, _ in over)
+        words = verdict(beyond == 0) if beyond == 0 else f"{verdict(False)} by {beyond} of {len(over)} settings"
+        out.append([f"executed FLOPs over the cost asked for, highest <= {COST_SLACK}", f"{most[0]:.3f} ({most[1]})", words])
+    return out + [half_time(found) for found in about.get("half_time", [])]
+
+
+def measured_by(result: Mapping[str, Any], family: str) -> str:
+    """How many calls measured, beside how many others, and where it was another machine or commit than the headline's."""
+    calls, own = result.get("calls", []), result["environment"]
+    used = {r["call"] for r in result["rows"] if r.get("system") == family and "call" in r}
+    used |= {result["planned_in"][family]} if family in result.get("planned_in", {}) else set()
+    if not used:
+        return ""
+    most = max(calls[c].get("beside", 0) for c in used)
+    said = f" By {len(used)} calls" + (f", up to {most + 1} processes side by side on one host." if most else ".")
+    for c in sorted(used):
+        there = calls[c]["environment"]
+        if any(there.get(k) != own.get(k) for k in ("device_name", "commit", "uncommitted_changes")):
+            said += f" The part {calls[c]['parts']}: on {machine(there)}, {when(there)}."
+    return said
 
 
 def diffusion(page: Path) -> str:
     """Every diffusion system against every control."""
     parts = []
     for name, result in benchmarked("diffusion"):
-        for family in dict.fromkeys(r["system"] for r in result["rows"] if r["group"] == "quality"):
-            floor = result["features"]
-            what = (
-                f"**{family}**, {result['steps']} steps, guidance {result['guidance']:g}, {result['samples']:,} images a seed "
-                f"(real against real: FID {floor['floor_mean']:.3g}, {floor['floor_count']:,} images)"
-            )
-            head = ["setting", "kind", "FLOPs / full", "time / full, batch 1", "batch 8", "batch 64", "exit efficiency, batch 64", "FID",
-                    "FID, random network", "KID", "PSNR to full, dB", "depth explained by the step", "cache bytes an image"]  # fmt: skip
-            parts += [headline(name, result, what), table(head, settings(result, family))]
+        about = {**result, "left_out": []}  # of the last call only; what is missing is said of each family
+        gone = result.get("missing", {})
+        for family in dict.fromkeys([*result.get("plans", {}), *gone]):
+            floor = result.get("features")
+            real = f" (real against real: FID {floor['floor_mean']:.3g}, {floor['floor_count']:,} images)" if floor else ""
+            what = f"**{family}**, {result['steps']} steps, guidance {result['guidance']:g}, {result['samples']:,} images a seed{real}"
+            said = " ".join(gone.get(family, []))
+            parts.append(headline(name, about, what) + measured_by(result, family) + (f" {said}" if said else ""))
+            if not (lines := settings(result, family) if family in result.get("plans", {}) else []):
+                continue
+            head = ["setting", "kind", "FLOPs / full", "time / full, batch 1", "batch 8", "batch 64",
+                    "exit efficiency, batch 64 (of the whole model's time)", "FID", "FID, random network", "KID", "PSNR to full, dB",
+                    "depth explained by the step", "cache bytes an image"]  # fmt: skip
+            parts.append(table(head, lines))
+            judged_of = result.get("verdicts", {}).get(family, {})
+            by_time = judged_of.get("by_time", {})
+            compared = [("executed FLOPs", judged_of.get("by_flops", []))]
+            compared += [(f"measured time, batch {b}", by_time[b]) for b in sorted(by_time, key=int)[-1:]]
+            for at, found in compared:
+                if found:
+                    note = "below 0 the setting is better; ~: not clear of the spread over seeds, or of one seed only"
+                    parts += [f"{family}, FID less that of each control at equal {at} ({note}):", against(found)]
             if device(result) != "cpu" and (found := denoising_bars(result, family)):
                 parts.append(table(["bar", "measured", ""], found))
         if rows := [r for r in result["rows"] if r["group"] == "text"]:
@@ -587,7 +659,7 @@ def diffusion(page: Path) -> str:
                 [r["system"], r["way"], str(r["rows"]), number(r.get("flops")), number(r.get("over_full")), r.get("unsupported", "")]
                 for r in rows
             ]
-            parts.append("Denoisers with cross attention and two guidance branches, random weights:")
+            parts.append("Denoisers with cross attention and two guidance branches, random weights (speed only):")
             parts.append(table(["denoiser", "setting", "batch", "FLOPs / full", "time / full", "not run because"], lines))
     return "\n\n".join(parts) or nothing("make -C benchmarks diffusion")
 

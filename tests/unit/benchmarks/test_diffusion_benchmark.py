@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Callable
@@ -41,6 +42,7 @@ def plans(script: Callable[[str], ModuleType], ways: ModuleType) -> ModuleType:
 @pytest.fixture(scope="module")
 def bench(script: Callable[[str], ModuleType], plans: ModuleType) -> ModuleType:
     script("diffusion_text")
+    script("diffusion_sheet")
     return script("diffusion")
 
 
@@ -200,13 +202,17 @@ def test_an_interval_in_a_bin_computes_its_first_step(plans: ModuleType) -> None
 
 def test_the_composition_of_least_drift_is_the_chosen_one(ways: ModuleType, plans: ModuleType) -> None:
     tried = [
-        ways.Way(name, "", "flow", 9, about={"cost": cost, "drift": drift})
-        for name, cost, drift in (("a", 0.5, 0.3), ("a", 0.5, 0.2), ("b", 0.5, 0.1), ("a", 0.75, 0.05), ("b", 0.75, 0.06))
-    ]
+        ways.Way(name, "", "flow", 9, about={"cost": cost, "drift": drift, "spent": spent})
+        for name, cost, drift, spent in (
+            ("a", 0.5, 0.3, 0.5), ("a", 0.5, 0.2, 0.51), ("b", 0.5, 0.1, 0.4), ("b", 0.5, 0.01, 0.52), ("a", 0.75, 0.05, 0.7),
+            ("b", 0.75, 0.06, 0.7),
+        )
+    ]  # fmt: skip
     found = plans.best_of(tried)
     assert [(w.name, w.about["cost"], w.about["drift"], w.about.get("chosen", False)) for w in found] == [
         ("a", 0.5, 0.2, False), ("b", 0.5, 0.1, True), ("a", 0.75, 0.05, True), ("b", 0.75, 0.06, False),
-    ]  # fmt: skip
+    ], "what executed more than was asked does not count"  # fmt: skip
+    assert [(w.name, w.about["cost"]) for w in plans.best_of(tried, (0.75,))] == [("a", 0.5), ("b", 0.5), ("a", 0.75)]
 
 
 def test_costs_are_shares(plans: ModuleType) -> None:
@@ -224,6 +230,11 @@ def test_plans_keep_to_their_costs(plans: ModuleType, model: Any) -> None:
     assert {w.name for w in controls.values()} == {"few-steps", "dpm++", "heun", "deepcache", "random-skip", "static-schedule", "shallow"}
     made, cost = chooser.images(controls["static-schedule, cost 0.6"])
     assert cost <= 0.6 and made.shape == (4, 3, 8, 8)
+    one = {w.about["branch"]: chooser.drift(w)[0] for b in range(chooser.branches()) if (w := chooser._evenly(b, 0.9)) is not None}
+    cached = controls["deepcache, evenly, cost 0.9"]
+    assert one[cached.about["branch"]] == min(one.values()), "DeepCache's branch is chosen for it"
+    assert all(chooser.images(w)[1] <= w.about["cost"] + 1e-9 for w in controls.values() if w.name in ("deepcache", "few-steps", "heun")
+               and "cost" in w.about)  # fmt: skip
     found = chooser.compositions()
     assert {"ours: cache", "ours: steps and cache", "ours: depths or reuse"} <= {w.name for w in found}
     assert all(w.about["spent"] <= 0.6 + 1e-9 and w.ours for w in found) and sum(w.about.get("chosen", False) for w in found) == 1
@@ -248,7 +259,9 @@ def test_the_winner_at_half_the_time_is_compared_at_its_own_time(bench: ModuleTy
     found = bench.winner(results(), ["ours: cache, cost 0.5", "ours: cache, cost 0.75"], 64, ("few-steps", "static-schedule"))
     assert found["way"] == "ours: cache, cost 0.5" and found["time_over_full"] == pytest.approx(0.52)
     assert found["controls"]["few-steps"]["fid"] == pytest.approx(2.7 - 0.4 * 2 / 20)  # on the line between 50 and 70 ms
-    assert found["controls"]["static-schedule"] == {"fid": None, "verdict": "no control is as cheap"}
+    assert found["controls"]["few-steps"]["next_dearer"] == "few-steps, 35" and not found["lower_than_next_dearer"], "2.2 against 2.2"
+    dearest = {"next_dearer": "static-schedule, cost 0.9", "next_dearer_fid": 2.0}
+    assert found["controls"]["static-schedule"] == {"fid": None, "verdict": "no control is as cheap", **dearest}
     assert found["lower_than_all"] and found["beyond_the_spread"] and found["best_control"] == "few-steps"
     assert bench.winner(results(), [], 64, ("few-steps",)) is None
     assert bench.winner(results(), ["ours: cache, cost 0.5"], 1, ("few-steps",)) is None
@@ -297,8 +310,15 @@ def test_results_have_the_seeds_that_all_have_and_times_of_their_own_rounds(benc
 
 def test_what_matters_is_sampled_first(bench: ModuleType, ways: ModuleType) -> None:
     names = ["few-steps", "few-steps", "ras", "ras", "deediff", "ours: cache", "full model"]
-    made = [ways.Way(n, str(k), "flow", 9, about={"chosen": n.startswith("ours")}) for k, n in enumerate(names)]
-    assert [w.name for w in bench.in_turn(made)] == ["full model", "few-steps", "few-steps", "ours: cache", "ras", "deediff", "ras"]
+    costs = [0.75, 0.5, 0.75, 0.5, 0.5, 0.5, 1.0]
+    made = [
+        ways.Way(n, str(k), "flow", 9, about={"chosen": n.startswith("ours"), "cost": c})
+        for k, (n, c) in enumerate(zip(names, costs, strict=True))
+    ]
+    found = [(w.name, w.about["cost"]) for w in bench.in_turn(made)]
+    assert found == [
+        ("full model", 1.0), ("few-steps", 0.5), ("few-steps", 0.75), ("ours: cache", 0.5), ("ras", 0.5), ("deediff", 0.5), ("ras", 0.75),
+    ], "near half of the cost first"  # fmt: skip
     assert bench.slug("ours: cache, cost 0.5") == "ours-cache-cost-0-5"
 
 
@@ -309,23 +329,204 @@ def test_the_table_of_diffusion(render: ModuleType, ways: ModuleType, monkeypatc
     monkeypatch.setattr(render, "results", dict)
     assert render.diffusion(PAGE).startswith("*No result is committed yet; `make")
     rule = ways.Way("a", "c", "flow", 9, (Point("x", "y", CachedResidual(), StateChange(), -0.1),)).to_dict()
+    full, unseen = (ways.Way(n, "", "flow", 9).to_dict() for n in ("full model", "unseen"))
     chosen = ways.Way("a", "b", "flow", 9, about={"chosen": True}).to_dict()
     half = {
         "way": "a, b", "batch": 64, "time_over_full": 0.5, "fid": 2.0, "lower_than_all": False, "beyond_the_spread": False,
-        "controls": {"few-steps": {"fid": 1.5, "verdict": "worse"}, "deepcache": {"fid": None, "verdict": "no control is as cheap"}},
+        "controls": {
+            "few-steps": {"fid": 1.5, "verdict": "worse", "next_dearer": "few-steps, 30", "next_dearer_fid": 1.4},
+            "deepcache": {"fid": None, "verdict": "no control is as cheap", "next_dearer": None, "next_dearer_fid": None},
+        },
     }  # fmt: skip
     text = {"group": "text", "system": "text-unet", "rows": 1, "way": "ras", "unsupported": "it has no tokens"}
     result = {
         "benchmark": "diffusion", "dtype": "bfloat16", "steps": 50, "guidance": 1.5, "samples": 10000, "rows": [*rows(), text],
-        "features": {"floor_mean": 0.5, "floor_count": 10000}, "plans": {"flow": [rule, chosen]},
-        "verdicts": {"flow": {"half_time": [half]}},
+        "features": {"floor_mean": 0.5, "floor_count": 10000}, "plans": {"flow": [full, rule, chosen, unseen]},
+        "missing": {"flow": ["Measured of quality, seed 1: all but 1 of 3 (a, c)."], "unet": ["Nothing is planned."]},
+        "calls": [
+            {"parts": "plans", "beside": 0, "environment": {"device_name": "a CPU", "commit": "fedcba9876"}},
+            {"parts": "time", "beside": 2, "environment": {"device_name": "a GPU", "commit": "0123456789"}},
+        ],
+        "planned_in": {"flow": 0},
+        "verdicts": {
+            "flow": {
+                "half_time": [half],
+                "over_cost": [{"way": "a, b", "asked": 0.5, "executed": 0.5}, {"way": "a, c", "asked": 0.5, "executed": 0.6}],
+                "by_flops": [
+                    {"way": "a, b", "control": "few-steps", "cost": 0.5, "difference": [0.25, 0.1, 0.4], "verdict": "worse"},
+                    {"way": "a, b", "control": "deepcache", "cost": 0.5, "difference": None, "verdict": "no control is as cheap"},
+                    {"way": "a, c", "control": "few-steps", "cost": 0.4, "difference": [-0.5] * 3, "verdict": "one seed: not clear"},
+                ],
+            }
+        },
         "environment": {"device": "cuda:0", "device_name": "a GPU", "date": "2026-01-02T03:04:05", "commit": "0123456789"},
+        "left_out": ["of the last call alone"],
         "errors": {"quality flow: z": "RuntimeError: no"},
     }  # fmt: skip
     monkeypatch.setattr(render, "results", lambda: {"d.json": result})
     page = render.diffusion(PAGE)
-    assert "| a, b | chosen | 0.500 | - | - | 0.600 | 0.950 | 2.1 (2 to 2.2) | 3 (3 to 3) | 0.1 | 20.0 | - | 8 |" in page
+    for r in result["rows"]:
+        r |= {"call": 1}
+    page = render.diffusion(PAGE)
+    assert "| full model | full | 1.000 | - | - | 1.000 | - | 1 | 3 |" in page, "of the one seed that all have"
+    assert "| a, b | chosen | 0.500 | - | - | 0.600 | 0.950 | 2 | 3 | 0.1 | 20.0 | - | 8 |" in page
+    assert "| unseen |" not in page and "of the last call alone" not in page
+    assert "By 2 calls, up to 3 processes side by side on one host. The part plans: on a CPU" in page
+    assert "seed 1: all but 1 of 3 (a, c)." in page and "**unet**" in page and "Nothing is planned." in page
+    assert "| a, b | 0.500 | +0.25 | - |" in page and "| a, c | 0.400 | -0.5 ~ | - |" in page
+    assert "| 1.200 (a, c) | **missed** by 1 of 2 settings |" in page
     assert "| a, c | system | 0.500 | - | - | 0.700 | 0.700 | 2 | 3 | 0.1 | 20.0 | 0.50 | 8 |" in page
     assert "lowest >= 0.90 | 0.950 (a, b) | met |" in page and "lowest >= 0.80 | 0.700 (a, c) | **missed** |" in page
-    assert "2; few-steps 1.5 (worse), deepcache not as cheap | **missed**, not clear of chance |" in page
+    assert "2; few-steps 1.5 (worse), deepcache not as cheap | **missed**, not clear of the spread over seeds; not below the" in page
+    assert "; not below the next dearer setting of few-steps |" in page
     assert "| text-unet | ras | 1 | - | - | it has no tokens |" in page and "Failed: quality flow: z" in page
+    half["not_measured"] = ["deepcache, every 2"]
+    assert "not judged: 1 settings of these controls are not measured |" in render.diffusion(PAGE)
+    result["rows"] = [r for r in result["rows"] if r["group"] != "quality"]
+    assert "| a, b | chosen | - | - | - | 0.600 | 0.950 | not measured |" in render.diffusion(PAGE), "what was timed alone is shown"
+
+
+# ---- results of several calls --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sheet(bench: ModuleType, script: Callable[[str], ModuleType]) -> ModuleType:
+    import sys
+
+    return sys.modules["diffusion_sheet"]
+
+
+def settings() -> dict[str, Any]:
+    return {"benchmark": "diffusion", "dtype": "float32", "steps": 8, "samples": 24, "guidance": 1.5, "costs": [0.6], "half": [],
+            "calibration": 4, "rows": [], "models": {"flow": "m"}, "seeds": 1, "batches": [2]}  # fmt: skip
+
+
+def call(device: str = "a GPU", **more: Any) -> dict[str, Any]:
+    return {"environment": {"device": "cuda", "device_name": device}, "parts": "quality", "families": "flow", "beside": 0, **more}
+
+
+def other(ways: ModuleType) -> dict[str, Any]:
+    """What a call wrote that planned two settings and sampled with one."""
+    planned = [ways.Way("full model", "", "flow", 8), ways.Way("few-steps", "4 evaluations", "flow", 4, control=True)]
+    row = {"group": "quality", "system": "flow", "way": planned[0].title, "rows": 0, "key": planned[0].key, "fid": 1.0, "call": 0}
+    return settings() | {
+        "plans": {"flow": [w.to_dict() for w in planned]}, "compositions": {"flow": "all were tried"}, "planned_in": {"flow": 0},
+        "calls": [call("another GPU")], "rows": [row], "errors": {"quality flow: few-steps, 4 evaluations, seed 0": "RuntimeError: no"},
+        "features": {"networks": {"trained": "n"}},
+    }  # fmt: skip
+
+
+def test_results_of_other_calls_are_taken_in_once(sheet: ModuleType, ways: ModuleType) -> None:
+    content, theirs = settings(), other(ways)
+    assert sheet.take(content, theirs, "x.json") == {"plans": 1, "rows": 1, "already there": 0}
+    assert content["plans"] == theirs["plans"] and content["features"] == theirs["features"] and content["planned_in"] == {"flow": 0}
+    mine = copy.deepcopy(content["rows"])
+    assert sheet.take(content, theirs, "x.json") == {"plans": 0, "rows": 0, "already there": 1}
+    assert content["rows"] == mine and len(content["calls"]) == 1
+
+    more = copy.deepcopy(theirs)
+    more["calls"] = [call("a third GPU")]
+    more["rows"][0] |= {"rows": 1, "call": 0}
+    sheet.take(content, more, "y.json")
+    assert [(r["rows"], content["calls"][r["call"]]["environment"]["device_name"]) for r in content["rows"]] == [
+        (0, "another GPU"), (1, "a third GPU"),
+    ]  # fmt: skip
+    sheet.settled(content)
+    assert content["errors"], "the failed setting is still missing"
+    content["rows"].append({"group": "quality", "system": "flow", "way": "few-steps, 4 evaluations", "rows": 0})
+    sheet.settled(content)
+    assert not content["errors"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": 50}, "steps is 50 there and 8 here"),
+        ({"costs": [0.5]}, "costs is"),
+        ({"models": {"flow": "trained again"}}, "other models"),
+        ({"features": {"networks": {"trained": "of another seed"}}}, "other feature networks"),
+    ],
+)
+def test_results_of_another_measurement_are_refused(sheet: ModuleType, ways: ModuleType, change: dict[str, Any], message: str) -> None:
+    content = settings() | {"features": {"networks": {"trained": "n"}}}
+    before = copy.deepcopy(content)
+    with pytest.raises(SystemExit, match=message):
+        sheet.take(content, other(ways) | change, "x.json")
+    assert content == before
+
+
+def test_plans_of_two_choices_are_refused_and_finished_ones_replace_unfinished(sheet: ModuleType, ways: ModuleType) -> None:
+    content, theirs = settings(), other(ways)
+    sheet.take(content, theirs, "x.json")
+    changed = copy.deepcopy(theirs)
+    changed["plans"]["flow"][1]["steps"] = 5
+    with pytest.raises(SystemExit, match=r"other plans for flow: let one call choose them"):
+        sheet.take(content, changed, "y.json")
+    del content["compositions"]["flow"]
+    content["rows"].append({"group": "time", "system": "flow", "way": "few-steps, 4 evaluations", "rows": 2, "call": 0,
+                            "key": ways.Way.from_dict(theirs["plans"]["flow"][1]).key})  # fmt: skip
+    assert sheet.take(content, changed, "y.json")["plans"] == 1
+    assert sheet.without_stale(content) == 1, "the row of four steps is of a plan that is gone"
+    assert [r["way"] for r in content["rows"]] == ["full model"]
+
+
+def test_what_is_missing_is_said(sheet: ModuleType, ways: ModuleType) -> None:
+    content = other(ways) | {"models": {"flow": "m", "unet": "m"}}
+    assert sheet.missing(content) == {
+        "flow": ["Measured of quality, seed 0: all but 1 of 2 (few-steps, 4 evaluations).", "Measured of time, batch 2: nothing."],
+        "unet": ["Nothing is planned."],
+    }
+
+
+def test_a_result_says_which_call_measured(sheet: ModuleType, ways: ModuleType, bench: ModuleType, tmp_path: Path) -> None:
+    path, theirs = tmp_path / "a.json", other(ways)
+    budget = bench.Budget(1.0)
+    made = sheet.Result(path, settings(), budget, call("here", beside=3))
+    sheet.take(made.content, theirs, "x.json")
+    made.write()
+    found = json.loads(path.read_text())
+    assert found["environment"]["device_name"] == "another GPU" and len(found["calls"]) == 1, "this call measured nothing"
+    for seed in (0, 1):
+        made.row(group="quality", system="flow", way="few-steps, 4 evaluations", rows=seed, key="k")
+    found = json.loads(path.read_text())
+    assert found["environment"]["device_name"] == "here" and [r["call"] for r in found["rows"]] == [0, 1, 1]
+    assert found["calls"][1]["beside"] == 3
+
+    again = sheet.Result(path, settings(), budget, call("later"))
+    assert len(again.content["rows"]) == 3 and again.content["plans"] == theirs["plans"]
+    before = path.read_bytes()
+    with pytest.raises(SystemExit, match="samples is 24 there and 99 here"):
+        sheet.Result(path, settings() | {"samples": 99}, budget, call())
+    with pytest.raises(SystemExit, match="other models"):
+        sheet.Result(path, settings() | {"models": {"flow": "other"}}, budget, call())
+    assert path.read_bytes() == before, "a result of hours is not written over"
+
+
+def test_files_of_other_settings_are_not_read(sheet: ModuleType, ways: ModuleType, bench: ModuleType, tmp_path: Path) -> None:
+    way, content = ways.Way("ours: cache", "cost 0.5", "flow", 8), settings()
+    one = sheet.Files([tmp_path / "one"], content)
+    name = one.name("flow", way, "features", 0, bench.slug)
+    one.save(name, torch.ones(2))
+    both = sheet.Files([tmp_path / "two", tmp_path / "one"], content)
+    assert torch.equal(both.load(name), torch.ones(2)) and [p.name for p in (tmp_path / "one").iterdir()] == [name]
+    names = {
+        name,
+        one.name("flow", way, "features", 1, bench.slug),
+        one.name("flow", ways.Way("ours: cache", "cost 0.5", "flow", 7), "features", 0, bench.slug),
+        one.name("flow", ways.Way("ours, cache", "cost 0.5", "ee", 8), "features", 0, bench.slug),
+        sheet.Files([tmp_path / "one"], content | {"samples": 48}).name("flow", way, "features", 0, bench.slug),
+        sheet.Files([tmp_path / "one"], content | {"models": {"flow": "other"}}).name("flow", way, "features", 0, bench.slug),
+    }
+    assert len(names) == 6
+    assert both.load(one.name("unet", way, "features", 0, bench.slug)) is None
+
+
+def test_models_are_told_apart_by_their_training(sheet: ModuleType, tmp_path: Path) -> None:
+    def digests(**stages: Any) -> dict[str, str]:
+        (tmp_path / "training.json").write_text(json.dumps({"stages": stages}))
+        return dict(sheet.models_in(tmp_path))
+
+    first = digests(flow={"loss": 1.0, "losses": {}}, noise={"loss": 2.0}, ee={"loss": 3.0})
+    assert digests(flow={"loss": 1.0, "losses": {}, "check": {"fid": 1}}, noise={"loss": 2.0}, ee={"loss": 3.0}) == first
+    changed = digests(flow={"loss": 1.0, "losses": {}}, noise={"loss": 2.0}, ee={"loss": 3.5})
+    assert changed["flow"] != first["flow"] and changed["noise"] == first["noise"], "variants belong to what they began with"
