@@ -7,9 +7,11 @@
     python train_diffusion.py check    ... --features FOLDER        samples, and FID with the networks of feature_net.py
     python train_diffusion.py flow variants check --tiny --out runs/tiny        everything in seconds on a CPU, on scikit-learn's digits
 
-Several names are done in turn; the minutes are of the whole call and shared between what trains. Training ends on time: the learning rate
-follows the larger of two shares, of the steps and of the minutes. A model that is there already is not trained again; a call that was
-stopped goes on from its last checkpoint. What is saved are averages of the weights, each model as a folder of diffusers
+Several names are done in turn; the minutes are of the whole call and shared between what trains. A stage's share is of what is left after
+its first step, which may have compiled; the learning rate follows the larger of two shares, of the steps and of that time. A model that is
+there already is not trained again; a call that was stopped goes on from its last checkpoint. A stage for which too little time is left is
+named in ``training.json`` under ``left_out`` and not saved; another call does it. Stages share what is compiled: transformers are cut at
+their blocks, and equal blocks are one code. What is saved are averages of the weights, each model as a folder of diffusers
 (``DiTTransformer2DModel.from_pretrained``) with its scheduler beside it, and ``training.json``. ``load_models`` reads them.
 
 Variants begin with the weights of ``--start``. ``ee`` (ee-diffusion's published schedule), ``full`` (its control: the whole model, trained
@@ -28,6 +30,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +38,7 @@ import torch
 from feature_net import load_features, load_images
 from PIL import Image
 from torch import Tensor, nn
-from train_lm import OutOfTimeError, on_time
+from train_lm import OutOfTimeError, rate_at
 
 from offramp.budget.noise_schedule import NoiseBins, published_schedule
 from offramp.core.bundle import load_bundle, save_bundle, write_json
@@ -76,6 +79,7 @@ from offramp.train import (
     noisy_loader,
     read_metrics,
 )
+from offramp.train.shared_code import SharedCode
 
 MODELS = ("flow", "noise", "unet")
 VARIANTS = ("ee", "full", "uniform", "deediff", "latte", "shallow")
@@ -265,6 +269,59 @@ def images_of(args: argparse.Namespace) -> dict[str, tuple[Tensor, Tensor]]:
     return {"train": (images[:1500].contiguous(), classes[:1500]), "test": (images[1500:].contiguous(), classes[1500:])}
 
 
+class LeftOutError(Exception):
+    """A stage is not worth saving or cannot begin; the message says why. Others go on."""
+
+
+class Timed:
+    """A scheduler factory for `fit` that ends a training on time. Its time begins after the first step, which may have compiled.
+
+    Args:
+        seconds: asked after the first step: how long the steps after it may take.
+        least: steps in all, those before a resume included, below which a training is not worth keeping. Where they are out of reach
+            even at the pace of the fastest of the first few, it ends after these.
+        note: told step, share and seconds since the first step now and then.
+
+    Attributes:
+        first: seconds that the first step of this call took; 0 before.
+        pace: steps per second after it; 0 before.
+    """
+
+    PROBE, EVERY = 5, 15.0
+
+    def __init__(self, seconds: Callable[[], float], least: int, note: Callable[[int, float, float], None]) -> None:
+        self.seconds, self.least, self.note = seconds, least, note
+        self.first = self.pace = 0.0
+
+    def __call__(self, optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
+        begun = last = told = time.monotonic()
+        limit, taken, fastest = 0.0, -1, float("inf")
+
+        def at(step: int) -> float:
+            nonlocal last, told, limit, taken, fastest
+            now, taken = time.monotonic(), taken + 1  # asked once when it is made and after every step
+            spent = now - begun - self.first
+            if taken == 0:
+                return rate_at(0.0)
+            if taken == 1:
+                self.first, limit, told, spent = now - begun, self.seconds(), now, 0.0
+                self.note(step, step / steps, 0.0)
+            else:
+                fastest, self.pace = min(fastest, now - last), (taken - 1) / max(spent, 1e-9)
+            last = now
+            if spent >= limit:
+                raise OutOfTimeError
+            if taken == self.PROBE and step + (limit - spent) / fastest < min(self.least, steps):
+                raise OutOfTimeError
+            share = max(step / steps, spent / limit)
+            if now - told > self.EVERY:
+                told = now
+                self.note(step, share, spent)
+            return rate_at(share)
+
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, at)
+
+
 class Training:
     """Stages in a folder, each done once."""
 
@@ -282,12 +339,15 @@ class Training:
         self.done |= {"settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}}
         self.done |= {"environment": environment(self.device)}
         self.done.setdefault("stages", {})
+        # Some stages hold weights that others train; that is no reason to compile anew.
+        self.code = SharedCode(same_gradients=True, dynamic=False)
+        self.end = self.start + 60 * (args.minutes - args.reserve)
         print(f"{len(self.images['train'][0])} images read in {time.monotonic() - self.start:.1f} s", flush=True)
 
     @property
     def left(self) -> float:
         """Seconds of the call that training may still take."""
-        return 60 * (self.args.minutes - self.args.reserve) - (time.monotonic() - self.start)
+        return self.end - time.monotonic()
 
     def noising(self, model: nn.Module, process: Process, edges: Sequence[float] = (), train: bool = True) -> Noising:
         return Noising(
@@ -305,44 +365,78 @@ class Training:
             return [batch for _ in range(passes) for batch in loader]
 
     def fit(
-        self, name: str, view: DenoisingView, recipe: Recipe, process: Process, seconds: float, rate: float, steps: int | None = None,
+        self, name: str, view: DenoisingView, recipe: Recipe, process: Process, share: float, rate: float, steps: int | None = None,
         edges: Sequence[float] = (), decay: float | None = None,
     ) -> dict[str, Any]:  # fmt: skip
-        """Train until the steps or the seconds are over; the weights end as their averages."""
+        """Train until the steps or the time are over; the weights end as their averages.
+
+        Args:
+            name: of the stage.
+            view: what is trained.
+            recipe: how.
+            process: what it predicts.
+            share: of the time that is left after the first step.
+            rate: learning rate at its peak.
+            steps: most of them.
+            edges: log-SNRs that no batch goes across.
+            decay: of the average.
+
+        Raises:
+            LeftOutError: there were too few steps; the weights are of no use.
+        """
         args = self.args
+        if self.left <= 0:
+            raise LeftOutError("no time was left for it")
         work = Path(args.work or self.out / "work") / name
         most = steps or args.steps
+        least = min(args.least_steps, most)
         images, classes = self.images["train"]
         loader = noisy_loader(
             images, self.noising(view.model, process, edges), args.batch, classes=classes, draws=most * args.batch, workers=args.workers
         )
         if args.compile:
-            view.compile(dynamic=False)
+            view.compile(self.code)
         average = Averaged(adam(rate, self.device), args.average if decay is None else decay)
         metrics = work / "metrics.jsonl"
 
-        def note(step: int, share: float, spent: float) -> None:
-            print(f"  {name}: step {step}, {share:.0%}, {spent:.0f} s, {1e3 * spent / max(1, step):.0f} ms a step", flush=True)
+        def note(step: int, done: float, spent: float) -> None:
+            if not spent:
+                print(f"  {name}: first step after {timed.first:.1f} s", flush=True)
+            else:
+                print(f"  {name}: step {step}, {done:.0%}, {spent:.0f} s, {timed.pace:.2f} steps/s", flush=True)
 
+        timed = Timed(lambda: share * self.left, least, note)
         begun, ended = time.monotonic(), "steps"
         try:
             fit(
-                view, loader, recipe, epochs=1, output_dir=work, optimizer=average, scheduler=on_time(seconds, note),
-                mixed_precision=self.precision, max_grad_norm=1.0, checkpoint_every=args.checkpoint_every, keep_checkpoints=1,
-                progress=False, max_steps=most,
+                view, loader, recipe, epochs=1, output_dir=work, optimizer=average, scheduler=timed, mixed_precision=self.precision,
+                max_grad_norm=1.0, checkpoint_every=args.checkpoint_every, keep_checkpoints=1, progress=False, max_steps=most,
             )  # fmt: skip
         except OutOfTimeError:
             ended = "time"
+        taken, done = time.monotonic() - begun, average.steps
+        pace = f"first step after {timed.first:.1f} s, then {timed.pace:.2f} steps/s"
+        if done < least:
+            raise LeftOutError(f"too few steps would fit into its time, of which {done} were done ({pace}; at least {least} are wanted)")
         average.apply()
-        taken = time.monotonic() - begun
         records = [r for r in read_metrics(metrics) if r["event"] == "step"]
         found = {
-            "recipe": repr(recipe), "steps": average.steps, "seconds": taken, "ended_by": ended, "images": average.steps * args.batch,
-            "parameters": sum(p.numel() for p in view.model.parameters()),
+            "recipe": repr(recipe), "steps": done, "seconds": taken, "first_step_seconds": timed.first, "steps_per_second": timed.pace,
+            "ended_by": ended, "images": done * args.batch, "parameters": sum(p.numel() for p in view.model.parameters()),
             "train_loss": [round(r["loss"], 5) for r in records[:: max(1, len(records) // 100)]],
         }  # fmt: skip
-        print(f"{name}: {average.steps} steps in {taken:.1f} s, ended by {ended}", flush=True)
+        print(f"{name}: {done} steps in {taken:.1f} s, ended by {ended}; {pace}", flush=True)
         return found
+
+    def attempt(self, name: str, stage: Callable[[], None]) -> None:
+        """Do a stage, or say why it is left out."""
+        try:
+            stage()
+        except LeftOutError as why:
+            self.done.setdefault("left_out", {})[name] = str(why)
+            write_json(self.sheet, self.done)
+            print(f"{name}: LEFT OUT, {why}. Another call with the same --out does it.", flush=True)
+        print(f"[{time.monotonic() - self.start:6.1f} s] {name}", flush=True)
 
     def finish(self, name: str, kind: str, model: nn.Module | None, **found: Any) -> None:
         """Write a stage's weights and say what it is."""
@@ -355,18 +449,29 @@ class Training:
             scheduler_for(kind).save_pretrained(self.out / name)
         about = {"process": kind, "weights": weights, "class": type(model).__name__ if model is not None else "DiTTransformer2DModel"}
         self.done["stages"][name] = {**about, **found}
+        left_out = self.done.get("left_out", {})
+        left_out.pop(name, None)
+        if not left_out:
+            self.done.pop("left_out", None)
         write_json(self.sheet, self.done)
 
     # ---- stages ----------------------------------------------------------------------------------------------------------
 
-    def model(self, name: str, seconds: float) -> None:
-        """A denoiser from nothing."""
+    def attached(self, model: nn.Module, process: Process) -> DenoisingNet:
+        """A transformer cut at its blocks, whose code all stages share, where there is to be code; any other model is left whole."""
+        inputs = named(example(model), process)
+        if self.args.compile and hasattr(model, "transformer_blocks"):
+            return attach_denoiser(model, places(model), noise=process.noise, example=inputs)
+        return uncut_denoiser(model, noise=process.noise, example=inputs)
+
+    def model(self, name: str, share: float) -> None:
+        """A denoiser from nothing, for a share of the time."""
         args, kind = self.args, "noise" if name == "unet" else name
         model = unet(args, self.size, self.classes) if name == "unet" else transformer(args, self.size, self.classes, args.blocks)
         model.to(self.device)
         process = processes()[kind]
-        net = uncut_denoiser(model, noise=process.noise, example=named(example(model), process))
-        found = self.fit(name, ExitsView(net, []), Joint(FinalOnly()), process, seconds, args.rate)
+        net = self.attached(model, process)
+        found = self.fit(name, ExitsView(net, []), Joint(FinalOnly()), process, share, args.rate)
         found["held_out_loss"] = self.loss(ExitsView(net, []), process)
         self.finish(name, kind, model, **found)
 
@@ -391,9 +496,14 @@ class Training:
             "flops": list(found.flops), "count": found.count.tolist(), "uncertainty": found.uncertainty.nan_to_num(-1).tolist(),
         }  # fmt: skip
 
-    def variants(self, seconds: float) -> None:
-        """Everything that begins with the weights of ``--start``."""
+    def variants(self, whole: float) -> None:
+        """Everything that begins with the weights of ``--start``, in a share of the time."""
         args = self.args
+        waiting = [n for n in VARIANTS if n not in self.done["stages"]]
+        if args.start in self.done.get("left_out", {}):
+            for name in waiting:
+                self.attempt(name, self.without(args.start))
+            return
         if args.start not in self.done["stages"] or args.start == "unet":
             raise SystemExit(f"--start {args.start} is not there: train it first (flow or noise).")
         start = load_models(self.out, [args.start], self.device)[args.start]
@@ -411,60 +521,74 @@ class Training:
         if "losses" not in self.done["stages"][args.start]:
             self.done["stages"][args.start]["losses"] = self.tables(net, process, edges, at=blocks[:-1])
 
-        def steps() -> int | None:
+        def steps() -> int:
             """Of the stages that are compared at equal steps."""
-            return self.done["stages"].get("ee", {}).get("steps")
+            if "ee" not in self.done["stages"]:
+                self.without("ee")()
+            taken: int = self.done["stages"]["ee"]["steps"]
+            return taken
 
-        def ee(limit: float) -> None:
+        def ee(share: float) -> None:
             view = ExitsView(net, [blocks[d - 1] for d in used])
             recipe = Holding(ScheduledDepth(tuple(edges), exits))
-            found = self.fit("ee", view, recipe, process, limit, args.tune_rate)
+            found = self.fit("ee", view, recipe, process, share, args.tune_rate)
             tables = self.tables(net, process, edges, at=blocks[:-1])
             self.finish("ee", kind, model, **found, edges=edges, depths=schedule.depths, losses=tables)
 
-        def full(limit: float) -> None:
-            found = self.fit("full", ExitsView(net, []), Holding(), process, 2 * limit, args.tune_rate, steps())
+        def full(share: float) -> None:
+            found = self.fit("full", ExitsView(net, []), Holding(), process, min(0.9, 2 * share), args.tune_rate, steps())
             self.finish("full", kind, model, **found, losses=self.tables(net, process, edges, at=blocks[:-1]))
 
-        def uniform(limit: float) -> None:
+        def uniform(share: float) -> None:
             view = ExitsView(net, blocks[:-1])
-            found = self.fit("uniform", view, Holding(Joint(Mean())), process, 2 * limit, args.tune_rate, steps())
+            found = self.fit("uniform", view, Holding(Joint(Mean())), process, min(0.9, 2 * share), args.tune_rate, steps())
             self.finish("uniform", kind, model, **found, losses=self.tables(net, process, edges, at=blocks[:-1]))
 
-        def deediff(limit: float) -> None:
+        def deediff(share: float) -> None:
             spec = DenoisingExit()
             add_heads(net, spec, blocks[:-1])
-            found = self.fit("deediff", ExitsView(net, blocks[:-1]), UncertaintyAware(), process, limit, args.head_rate)
-            tables = self.tables(net, process, edges, at=blocks[:-1], to=OUTPUT, fill=HeadOutput())
-            save_bundle(self.out / "deediff", "heads", _HEADS, {"spec": part_to_dict(spec), "at": blocks[:-1]}, net.heads.state_dict())
-            net.heads.clear()
+            try:
+                found = self.fit("deediff", ExitsView(net, blocks[:-1]), UncertaintyAware(), process, share, args.head_rate)
+                tables = self.tables(net, process, edges, at=blocks[:-1], to=OUTPUT, fill=HeadOutput())
+                save_bundle(self.out / "deediff", "heads", _HEADS, {"spec": part_to_dict(spec), "at": blocks[:-1]}, net.heads.state_dict())
+            finally:  # the stages after it have none
+                net.heads.clear()
             self.finish("deediff", kind, None, **found, heads=True, losses=tables)
 
-        def latte(limit: float) -> None:
+        def latte(share: float) -> None:
             plan = layer_groups(at[0], blocks, args.groups, quarters)
-            found = self.fit("latte", PlanView(net, plan), Joint(FinalOnly()), process, limit, args.rate / 2, edges=quarters)
+            found = self.fit("latte", PlanView(net, plan), Joint(FinalOnly()), process, share, args.rate / 2, edges=quarters)
             loss = self.loss(PlanView(net, plan), process)
             self.finish("latte", kind, model, **found, held_out_loss=loss, edges=quarters, groups=args.groups)
 
-        def shallow(limit: float) -> None:
+        def shallow(share: float) -> None:
             small = transformer(args, self.size, self.classes, args.shallow).to(self.device)
             small.load_state_dict({n: v for n, v in begun.items() if n in small.state_dict()})
-            own = uncut_denoiser(small, noise=process.noise, example=named(example(small), process))
-            found = self.fit("shallow", ExitsView(own, []), Joint(FinalOnly()), process, limit, args.rate / 2)
+            own = self.attached(small, process)
+            found = self.fit("shallow", ExitsView(own, []), Joint(FinalOnly()), process, share, args.rate / 2)
             loss = self.loss(ExitsView(own, []), process)
             self.finish("shallow", kind, small, **found, held_out_loss=loss, blocks=args.shallow)
 
         stages: dict[str, Callable[[float], None]] = {
             "ee": ee, "full": full, "uniform": uniform, "deediff": deediff, "latte": latte, "shallow": shallow,
         }  # fmt: skip
-        end = time.monotonic() + seconds
-        waiting = [n for n in VARIANTS if n not in self.done["stages"]]
-        for index, name in enumerate(waiting):
-            share = SHARES[name] / sum(SHARES[n] for n in waiting[index:])
-            model.load_state_dict(begun)
-            # Export, saving and tables come out of what is left for the next ones.
-            stages[name](share * 0.9 * (end - time.monotonic()))
-            print(f"[{60 * (args.minutes - args.reserve) - self.left:6.1f} s] {name}", flush=True)
+        # What is left after variants belongs to others. Export, saving and tables come out of what is left for the next ones.
+        kept, self.end = self.end, time.monotonic() + whole * self.left
+        try:
+            for index, name in enumerate(waiting):
+                share = 0.9 * SHARES[name] / sum(SHARES[n] for n in waiting[index:])
+                model.load_state_dict(begun)
+                self.attempt(name, partial(stages[name], share))
+        finally:
+            self.end = kept
+
+    def without(self, name: str) -> Callable[[], None]:
+        """A stage that cannot begin."""
+
+        def stage() -> None:
+            raise LeftOutError(f"it needs {name}, which is not there")
+
+        return stage
 
     def check(self) -> None:
         """Samples of every model, and their FID if there are feature networks."""
@@ -540,6 +664,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--reserve", type=float, default=0.6, help="minutes kept back for loading and saving")
     parser.add_argument("--start", default="flow", help="model that variants begin with")
     parser.add_argument("--steps", type=int, default=100_000, help="most steps of a stage")
+    parser.add_argument("--least-steps", type=int, default=100, help="a stage with fewer, for want of time, is left out")
     for name, value in {"width": 256, "heads": 4, "blocks": 12, "shallow": 4, "groups": 4, "batch": 512, "items": None}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--rate", type=float, default=5e-4)
@@ -548,7 +673,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--average", type=float, default=0.999, help="decay of the weights' average")
     parser.add_argument("--checkpoint-every", type=int, default=2000, help="steps")
     parser.add_argument("--workers", type=int, default=4, help="processes that make batches")
-    parser.add_argument("--no-compile", dest="compile", action="store_false")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None, help="by default, except in a trial")
     parser.add_argument("--half", action="store_true", help="save weights as bfloat16")
     parser.add_argument("--shard", default="10GB", help="largest file of weights, as diffusers takes it")
     parser.add_argument("--features", type=Path, default=None, help="folder that feature_net.py wrote")
@@ -560,20 +685,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tiny", action="store_true", help="a trial in seconds")
     args = parser.parse_args(arguments)
     if args.tiny:
-        trial = {"width": 32, "heads": 2, "blocks": 4, "shallow": 2, "groups": 2, "batch": 64, "steps": 24, "workers": 0, "compile": False}
-        trial |= {"checkpoint_every": 20, "sampler_steps": 5, "samples": 80, "sample_batch": 80}
+        trial = {"width": 32, "heads": 2, "blocks": 4, "shallow": 2, "groups": 2, "batch": 64, "steps": 24, "workers": 0}
+        trial |= {"least_steps": 2, "compile": False, "checkpoint_every": 20, "sampler_steps": 5, "samples": 80, "sample_batch": 80}
         for name, value in trial.items():
             if getattr(args, name) == parser.get_default(name):
                 setattr(args, name, value)
+    args.compile = args.compile is not False
     torch.set_float32_matmul_precision("high")
     run = Training(args)
     waiting = [w for w in args.what if w == "variants" or (w in MODELS and w not in run.done["stages"])]
     for index, what in enumerate(waiting):
-        seconds = run.left / (len(waiting) - index)
+        share = 1 / (len(waiting) - index)
         if what == "variants":
-            run.variants(seconds)
+            run.variants(share)
         else:
-            run.model(what, seconds)
+            run.attempt(what, partial(run.model, what, share))
     if "check" in args.what:
         run.check()
     size = sum(f.stat().st_size for f in run.out.rglob("*") if f.is_file() and "work" not in f.relative_to(run.out).parts)

@@ -6,7 +6,8 @@ schedule of any shape may be used afterwards. What noise levels decide is in `of
 
 Unlike other networks, denoisers are trained through their cut: an exit's answer is what `offramp.engines.diffusion.denoise` gives there,
 the final layers of the model on an earlier state, and those are no module that could be called. The cut shares the model's parameters. It
-is exported in evaluation mode, so dropout inside the model does not take part; a view without exits runs the model itself.
+is exported in evaluation mode, so dropout inside the model does not take part; a view without exits runs the model itself, unless it
+is compiled with code that views share.
 
 Shapes: ``B`` rows, ``K`` exits, the model's own answer among them and last.
 """
@@ -14,7 +15,7 @@ Shapes: ``B`` rows, ``K`` exits, the model's own answer among them and last.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from offramp.exits.denoising import DenoisingExit
 from offramp.network import Example, Exit, MultiExit
 from offramp.policies.denoising import OUTPUT, Moment, NoiseLevel, Place, Point, Scheduled
 from offramp.policies.fills import HeadOutput, Identity
+from offramp.train.shared_code import SharedCode
 
 
 def add_heads(net: DenoisingNet, spec: DenoisingExit, at: Sequence[str] | None = None) -> None:
@@ -80,7 +82,8 @@ class DenoisingView(MultiExit):
         self._net = (net,)
         self._segments: dict[int, Callable[..., Any]] = {}
         self._whole: tuple[Callable[..., Any]] | None = None
-        self._compile: Mapping[str, Any] | None = None
+        self._code: SharedCode | None = None
+        self._in_parts = False
         call = net.example_call()
         with torch.no_grad(), evaluating(net.model):
             self._num_outputs = int(_answer(net.model(**call.kwargs)).shape[1])
@@ -89,28 +92,43 @@ class DenoisingView(MultiExit):
     def net(self) -> DenoisingNet:
         return self._net[0]
 
-    def compile(self, **options: Any) -> None:  # type: ignore[override]
-        """Run compiled from now on: each segment of the cut alone, or the whole model where there are no exits.
+    def compile(self, code: SharedCode | None = None, **options: Any) -> None:  # type: ignore[override]
+        """Run compiled from now on: each segment of the cut, equal ones by the same code; without exits the whole model.
 
         Args:
-            options: of ``torch.compile``. Each segment is traced for itself; code of equal ones is taken from its cache.
+            code: shared with other views. A view without exits then runs through the cut too where its net has one, so that nothing
+                is compiled that was compiled for another; dropout inside the model does not take part.
+            options: of ``torch.compile``; those of ``code`` where that is given.
+
+        Raises:
+            InvalidInput: both are given.
         """
-        self._compile = dict(options)
+        if code is not None and options:
+            raise InvalidInput(f"Shared code has its own options; give {', '.join(options)} to SharedCode(...).")
+        self._code = code if code is not None else SharedCode(**options)
+        self._in_parts = code is not None and bool(self.net.at)
         self._segments.clear()
         self._whole = None
 
-    def _run(self, made: Cut, state: CutState) -> CutState:
-        """The next segment."""
-        module = made.segments[state.at].module
-        if self._compile is not None and id(module) not in self._segments:
-            self._segments[id(module)] = torch.compile(module, **self._compile)
-        run = self._segments.get(id(module), module)
-        return made.advance(state, run(*(state.values[n] for n in made.segments[state.at].inputs)))
+    def _run(self, made: Cut, state: CutState, part: bool = False) -> CutState:
+        """The next segment.
+
+        Args:
+            made: the cut.
+            state: before it.
+            part: whether the state has some rows of a batch only. How many changes from step to step, so that where sizes are constants
+                of the code, as many codes would be made; then such a state runs uncompiled.
+        """
+        segment = made.segments[state.at]
+        run: Callable[..., Any] = segment.module
+        if self._code is not None and not (part and self._code.options.get("dynamic") is False):
+            run = self._segments.get(id(run)) or self._segments.setdefault(id(run), self._code.bind(segment.module))
+        return made.advance(state, run(*(state.values[n] for n in segment.inputs)))
 
     def _model(self, kwargs: dict[str, Any]) -> Any:
         """The model itself."""
         if self._whole is None:
-            self._whole = (self.model if self._compile is None else torch.compile(self.model, **self._compile),)
+            self._whole = (self.model if self._code is None else torch.compile(self.model, **self._code.options),)
         return self._whole[0](**kwargs)
 
     def _log_snr(self, call: Call) -> Tensor:
@@ -122,6 +140,7 @@ class DenoisingView(MultiExit):
         """The cut for calls of this form and points on it; export and its checks want to see neither autocast nor a graph."""
         if call.key not in cache:
             with torch.autocast(call.kwargs[self.net.sample_name].device.type, enabled=False), torch.no_grad():
+                self.net.cut(call)  # no points are bound without a cut
                 cache[call.key] = self.net.bind(points, call)
         return self.net.cut(call), cache[call.key]
 
@@ -161,7 +180,7 @@ class ExitsView(DenoisingView):
             raise InvalidInput("Gradient equilibrium is not known for denoisers; use a recipe without it.")
         call = self.net.call(*args, **kwargs)
         level = self._log_snr(call)
-        if not self.points:
+        if not self.points and not self._in_parts:
             return (self.select(self._model(call.kwargs)),), (level,)
         made, points = self._bound(self._points, self.points, call)
         state, answers, uncertain = made.begin(**call.kwargs), [], []
@@ -238,7 +257,7 @@ class PlanView(DenoisingView):
                     landing.setdefault(point.stop, []).append((gone, away))
                     here = (left, _taken(made, state, rows, left)) if left else None
             if here is not None:
-                here = (here[0], self._run(made, here[1]))
+                here = (here[0], self._run(made, here[1], part=len(here[0]) < call.rows))
         if here is None:
             raise RuntimeError("No row reached the output; this is a defect in the walk over the boundaries.")
         rows, state = here
