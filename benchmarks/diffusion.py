@@ -24,7 +24,8 @@ result of its own, and the last one puts everything together, which needs no GPU
     python diffusion.py ... --families flow --parts time --out runs/time.json --take runs/plans.json --beside 1
     python diffusion.py ... --parts page --out results/diffusion_h100.json --take runs/plans.json runs/quality.json runs/time.json
 
-``--work`` may be one folder for all of them, or the last call names all of theirs. Times are over the full model's in the same process.
+``--share 1/2`` and ``--share 2/2`` divide the settings, ``--first-seed`` the seeds, ``--batches`` and ``--families`` the rest. ``--work``
+may be one folder for all of them, or the last call names all of theirs. Times are over the full model's in the same process.
 
 A model's variants belong to the model that they began with. Distances are in the features of `feature_net.py`, from its training images.
 """
@@ -235,6 +236,19 @@ def in_turn(ways: Sequence[Way]) -> list[Way]:
     return sorted(ways, key=place)
 
 
+def share_of(given: str) -> tuple[int, int]:
+    """``2/3``: the second of three shares.
+
+    Raises:
+        SystemExit: there is no such share.
+    """
+    found = re.fullmatch(r"(\d+)/(\d+)", given)
+    which, of = (int(found[1]), int(found[2])) if found else (0, 0)
+    if not 1 <= which <= of:
+        raise SystemExit(f"--share is like 1/2 or 2/2, of as many calls as there are; got {given!r}.")
+    return which, of
+
+
 def slug(title: str) -> str:
     """A title as a file name."""
     return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
@@ -251,6 +265,7 @@ class Benchmark:
         self.device = torch.device(args.device)
         self.dtype = getattr(torch, args.dtype or ("bfloat16" if self.device.type == "cuda" else "float32"))
         self.costs, self.half = (() if not c else check_costs([float(x) for x in c.split(",")]) for c in (args.costs, args.half))
+        self.share = share_of(args.share)
         self.families: dict[str, dict[str, Model]] = {}
         self._features: dict[str, Features] = {}
         self._real: dict[str, Tensor] = {}
@@ -279,8 +294,9 @@ class Benchmark:
     def _asked(self) -> None:
         """What a whole result would hold, and no rows of plans that are gone."""
         content, args = self.sheet.content, self.args
-        content["seeds"] = max(args.seeds, content.get("seeds", 0))
-        content["batches"] = sorted({*numbers(args.batches), *content.get("batches", [])})
+        parts = args.parts.split(",")
+        content["seeds"] = max(args.seeds if "quality" in parts else 0, content.get("seeds", 0))
+        content["batches"] = sorted({*(numbers(args.batches) if "time" in parts else ()), *content.get("batches", [])})
         if gone := without_stale(content):
             print(f"{gone} rows are of settings that are no longer planned and were dropped.", flush=True)
         settled(content)
@@ -312,6 +328,10 @@ class Benchmark:
         if not found:
             return []
         return in_turn([Way.from_dict(w) for w in found])
+
+    def mine(self, name: str) -> list[Way]:
+        """Those of this call's share: every so many of them, whatever was measured before."""
+        return [w for place, w in enumerate(self.ways(name)) if place % self.share[1] == self.share[0] - 1]
 
     def has(self, **key: Any) -> bool:
         return any(all(r.get(k) == v for k, v in key.items()) for r in self.sheet.content["rows"])
@@ -407,7 +427,7 @@ class Benchmark:
             (name, seed, way)
             for seed in range(self.args.first_seed, self.args.seeds)
             for name in self.names()
-            for way in self.ways(name)
+            for way in self.mine(name)
             if not self.has(group="quality", system=name, way=way.title, rows=seed, key=way.key)
         ]
         about = f"{len(waiting)} samplings of {self.args.samples:,} images to do, {self.args.guess_quality * len(waiting) / 60:.0f} minutes"
@@ -499,7 +519,7 @@ class Benchmark:
             for name in self.names():
                 ways = [
                     w
-                    for w in self.ways(name)
+                    for w in self.mine(name)
                     if w.title != "full model" and not self.has(group="time", system=name, way=w.title, rows=batch, key=w.key)
                 ]
                 ready: dict[str, Any] = {}
@@ -705,7 +725,6 @@ def _as_measured(args: argparse.Namespace) -> None:
     found = json.loads(path.read_text())
     for name in SETTINGS[1:]:
         setattr(args, name, ",".join(map(str, found[name])) if isinstance(found[name], list) else found[name])
-    args.seeds, args.batches = found.get("seeds", args.seeds), ",".join(map(str, found.get("batches", numbers(args.batches))))
 
 
 def estimate(args: argparse.Namespace) -> str:
@@ -736,6 +755,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--reserve", type=float, default=0.5, help="minutes that the choice of compositions leaves")
     parser.add_argument("--costs", default="0.75,0.6,0.5")
     parser.add_argument("--half", default="0.45,0.4", help="further costs of compositions alone, so that one takes half of the time")
+    parser.add_argument(
+        "--share", default="1/1", help="of the settings that quality and time measure, e.g. 1/2 here and 2/2 in another call"
+    )
     parser.add_argument("--first-seed", type=int, default=0, help="that this call samples with; those before are another call's")
     parser.add_argument("--batches", default="64,8,1")
     parser.add_argument("--text-batches", default="1,8")
@@ -743,7 +765,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name, value in {"items": None, "steps": 50, "samples": 10_000, "sample-batch": 1000, "seeds": 3, "calibration": 256, "few": 64,
                         "repeats": 7, "subsets": 100}.items():  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=value)
-    for name, guess in {"plans": 300.0, "quality": 30.0, "time": 25.0, "text": 300.0}.items():
+    for name, guess in {"plans": 300.0, "quality": 30.0, "time": 15.0, "text": 300.0}.items():
         parser.add_argument(f"--guess-{name}", type=float, default=guess, help="seconds, until one was seen")
     parser.add_argument("--guidance", type=float, default=1.5)
     parser.add_argument("--tiny", action="store_true", help="a trial of everything")

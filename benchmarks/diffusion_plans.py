@@ -544,14 +544,17 @@ class Plans:
         """A cheaper part of the saving by the best cache plan, the rest where an image's own state has hardly changed."""
         region = self.regions()[0]
         fill = self.fills()[0]
-        found = self._cached(self.full, region, fill, (1 + cost) / 2)
-        if found is None:
-            return []
         rule = Reuse(region, ResidualChange(), fill, Guard(2, 1, True))
+        for share in (0.5, 0.25):  # of the saving that is left to the rule, which may not reuse often enough for more
+            found = self._cached(self.full, region, fill, cost + share * (1 - cost))
+            if found is None:
+                continue
 
-        def way(value: float) -> Way:
-            points = found[0] + rule.points(self.layout, value)
-            return Way("ours: cache and rule", f"{region}, {type(fill).__name__}", self.base.name, self.steps, points)
+            def way(value: float, planned: tuple[Point, ...] = found[0]) -> Way:
+                points = planned + rule.points(self.layout, value)
+                return Way("ours: cache and rule", f"{region}, {type(fill).__name__}", self.base.name, self.steps, points)
 
-        made = self.threshold(way, cost, -1.0, 0.0, f"cache and rule at {cost:g}")
-        return [made] if made is not None else []
+            made = self.threshold(way, cost, -1.0, 0.0, f"cache and rule at {cost:g}")
+            if made is not None:
+                return [made]
+        return []

@@ -107,6 +107,8 @@ def take(content: dict[str, Any], other: Mapping[str, Any], where: str) -> dict[
     for what in ("models", "features"):
         if what in other:
             content[what] = {**other[what], **content.get(what, {})}
+    content["seeds"] = max(content.get("seeds", 0), other.get("seeds", 0))
+    content["batches"] = sorted({*content.get("batches", []), *other.get("batches", [])})
     there = {row_of(r) for r in content["rows"]}
     rows = [{**r, "call": place[r["call"]]} for r in other["rows"] if row_of(r) not in there]
     content["rows"] = [*content["rows"], *rows]

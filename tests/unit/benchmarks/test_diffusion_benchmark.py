@@ -319,6 +319,10 @@ def test_what_matters_is_sampled_first(bench: ModuleType, ways: ModuleType) -> N
     assert found == [
         ("full model", 1.0), ("few-steps", 0.5), ("few-steps", 0.75), ("ours: cache", 0.5), ("ras", 0.5), ("deediff", 0.5), ("ras", 0.75),
     ], "near half of the cost first"  # fmt: skip
+    assert [bench.share_of(s) for s in ("1/1", "2/3")] == [(1, 1), (2, 3)]
+    for wrong in ("0/2", "3/2", "half"):
+        with pytest.raises(SystemExit, match="1/2 or 2/2"):
+            bench.share_of(wrong)
     assert bench.slug("ours: cache, cost 0.5") == "ours-cache-cost-0-5"
 
 
@@ -427,7 +431,9 @@ def test_results_of_other_calls_are_taken_in_once(sheet: ModuleType, ways: Modul
     more = copy.deepcopy(theirs)
     more["calls"] = [call("a third GPU")]
     more["rows"][0] |= {"rows": 1, "call": 0}
+    more |= {"seeds": 2, "batches": [64]}
     sheet.take(content, more, "y.json")
+    assert content["seeds"] == 2 and content["batches"] == [2, 64]
     assert [(r["rows"], content["calls"][r["call"]]["environment"]["device_name"]) for r in content["rows"]] == [
         (0, "another GPU"), (1, "a third GPU"),
     ]  # fmt: skip
