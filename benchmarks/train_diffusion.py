@@ -546,6 +546,7 @@ class Training:
 
         def deediff(share: float) -> None:
             spec = DenoisingExit()
+            torch.manual_seed(args.seed)  # whatever was done before
             add_heads(net, spec, blocks[:-1])
             try:
                 found = self.fit("deediff", ExitsView(net, blocks[:-1]), UncertaintyAware(), process, share, args.head_rate)
