@@ -270,6 +270,7 @@ class Benchmark:
         self._features: dict[str, Features] = {}
         self._real: dict[str, Tensor] = {}
         self._full: dict[tuple[str, int], Tensor] = {}
+        self._noise: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
         self._gaps: dict[tuple[str, str, str], dict[str, Any]] = {}
         call = {
             "environment": environment(self.device), "parts": args.parts, "families": args.families, "beside": args.beside,
@@ -330,8 +331,9 @@ class Benchmark:
         return in_turn([Way.from_dict(w) for w in found])
 
     def mine(self, name: str) -> list[Way]:
-        """Those of this call's share: every so many of them, whatever was measured before."""
-        return [w for place, w in enumerate(self.ways(name)) if place % self.share[1] == self.share[0] - 1]
+        """Those of this call's share: every so many of the first ones, whatever was measured before."""
+        which, of = self.share
+        return [w for place, w in enumerate(self.ways(name)[: self.args.most]) if place % of == which - 1]
 
     def has(self, **key: Any) -> bool:
         return any(all(r.get(k) == v for k, v in key.items()) for r in self.sheet.content["rows"])
@@ -462,7 +464,9 @@ class Benchmark:
         family = self.family(name)
         model, base = model_of(family, way), family[name]
         denoiser = model.denoiser(way)
-        noise, labels = base.noise(self.args.samples, EVALUATION_SEED + seed)
+        if (name, seed) not in self._noise:
+            self._noise = {(name, seed): base.noise(self.args.samples, EVALUATION_SEED + seed)}
+        noise, labels = self._noise[name, seed]
         images, shares, kept = [], [], {}
         for part, (n, c) in enumerate(zip(noise.split(self.args.sample_batch), labels.split(self.args.sample_batch), strict=True)):
             drawn = model.draw(denoiser, way, n, c)
@@ -758,6 +762,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--share", default="1/1", help="of the settings that quality and time measure, e.g. 1/2 here and 2/2 in another call"
     )
+    parser.add_argument("--most", type=int, default=None, help="settings of a family that quality and time measure, the first that matter")
     parser.add_argument("--first-seed", type=int, default=0, help="that this call samples with; those before are another call's")
     parser.add_argument("--batches", default="64,8,1")
     parser.add_argument("--text-batches", default="1,8")

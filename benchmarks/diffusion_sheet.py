@@ -159,8 +159,8 @@ class Result(Sheet):
 
     def __init__(self, path: str | Path, content: dict[str, Any], budget: Budget, call: Mapping[str, Any]) -> None:
         self.call = dict(call)
-        if Path(path).is_file():
-            before = json.loads(Path(path).read_text())
+        before = json.loads(Path(path).read_text()) if Path(path).is_file() else {}
+        if before.get("rows") or before.get("plans"):
             if wrong := differences(content, before):
                 raise SystemExit(f"{path} was measured with other settings: {'; '.join(wrong)}. Give another --out, or remove it.")
             _same(content.get("models", {}), before.get("models", {}), "models", str(path))

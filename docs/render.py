@@ -618,12 +618,14 @@ def measured_by(result: Mapping[str, Any], family: str) -> str:
     if not used:
         return ""
     most = max(calls[c].get("beside", 0) for c in used)
-    said = f" By {len(used)} calls" + (f", up to {most + 1} processes side by side on one host." if most else ".")
+    beside = f", up to {most + 1} processes side by side on one host" if most else ""
+    said = f" By {len(used)} call{'s' if len(used) > 1 else ''}{beside}." if len(used) > 1 or most else ""
+    elsewhere: dict[str, list[str]] = {}
     for c in sorted(used):
         there = calls[c]["environment"]
         if any(there.get(k) != own.get(k) for k in ("device_name", "commit", "uncommitted_changes")):
-            said += f" The part {calls[c]['parts']}: on {machine(there)}, {when(there)}."
-    return said
+            elsewhere.setdefault(f"on {machine(there)}, {when({**there, 'date': None}).partition(', ')[2]}", []).append(calls[c]["parts"])
+    return said + "".join(f" Of these {'; '.join(dict.fromkeys(parts))} {where}." for where, parts in elsewhere.items())
 
 
 def diffusion(page: Path) -> str:

@@ -375,7 +375,7 @@ def test_the_table_of_diffusion(render: ModuleType, ways: ModuleType, monkeypatc
     assert "| full model | full | 1.000 | - | - | 1.000 | - | 1 | 3 |" in page, "of the one seed that all have"
     assert "| a, b | chosen | 0.500 | - | - | 0.600 | 0.950 | 2 | 3 | 0.1 | 20.0 | - | 8 |" in page
     assert "| unseen |" not in page and "of the last call alone" not in page
-    assert "By 2 calls, up to 3 processes side by side on one host. The part plans: on a CPU" in page
+    assert "By 2 calls, up to 3 processes side by side on one host. Of these plans on a CPU, commit fedcba9." in page
     assert "seed 1: all but 1 of 3 (a, c)." in page and "**unet**" in page and "Nothing is planned." in page
     assert "| a, b | 0.500 | +0.25 | - |" in page and "| a, c | 0.400 | -0.5 ~ | - |" in page
     assert "| 1.200 (a, c) | **missed** by 1 of 2 settings |" in page
@@ -506,6 +506,9 @@ def test_a_result_says_which_call_measured(sheet: ModuleType, ways: ModuleType, 
     with pytest.raises(SystemExit, match="other models"):
         sheet.Result(path, settings() | {"models": {"flow": "other"}}, budget, call())
     assert path.read_bytes() == before, "a result of hours is not written over"
+    empty = tmp_path / "b.json"
+    for samples in (24, 99):  # a call that was refused what it was to take left nothing behind that matters
+        assert sheet.Result(empty, settings() | {"samples": samples}, budget, call()).content["samples"] == samples
 
 
 def test_files_of_other_settings_are_not_read(sheet: ModuleType, ways: ModuleType, bench: ModuleType, tmp_path: Path) -> None:
@@ -525,6 +528,19 @@ def test_files_of_other_settings_are_not_read(sheet: ModuleType, ways: ModuleTyp
     }
     assert len(names) == 6
     assert both.load(one.name("unet", way, "features", 0, bench.slug)) is None
+
+
+def test_a_call_measures_its_share_of_the_first_settings(bench: ModuleType, ways: ModuleType) -> None:
+    made = [ways.Way("few-steps", str(k), "flow", 9) for k in range(5)]
+
+    def shares(share: str, most: int | None) -> list[str]:
+        one = bench.Benchmark.__new__(bench.Benchmark)
+        one.share, one.args = bench.share_of(share), type("Given", (), {"most": most})()
+        one.ways = lambda name: made
+        return [w.setting for w in one.mine("flow")]
+
+    assert shares("1/1", None) == list("01234") and shares("1/1", 2) == list("01")
+    assert shares("1/2", None) == list("024") and shares("2/2", None) == list("13") and shares("2/2", 3) == ["1"]
 
 
 def test_models_are_told_apart_by_their_training(sheet: ModuleType, tmp_path: Path) -> None:
