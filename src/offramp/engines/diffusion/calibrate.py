@@ -79,7 +79,7 @@ def calibrate_denoiser(
         max_gap: most steps in a row that reuse, for a plan of cached steps.
         thresholds: settings to try for a `DriftLimit`, strictest first: thresholds of rules that measure, costs of others.
         runs: most settings to run in search of a threshold, or for a `Quality`, at least 2.
-        seed: of the noise.
+        seed: of the noise, and of what the sampler draws on the way: every setting that is run sees the same.
         progress: show a progress bar for a `Quality`, which runs every setting on all its images.
 
     Raises:
@@ -112,7 +112,9 @@ def calibrate_denoiser(
         wanted = 2 * target.samples if isinstance(target, Quality) else samples
         noise = _noise(net, noise, steps or 50, options, wanted, batch_size, held_out, seed)
         chosen, held = _divided(len(noise), target, held_out)
-        from_rows = partial(FromNoise, net.scheduler, noise, steps or 50, batch_size, held_out=held, options=options, guidance=guidance)
+        from_rows = partial(
+            FromNoise, net.scheduler, noise, steps or 50, batch_size, held_out=held, options=options, guidance=guidance, seed=seed
+        )
         given = from_rows(chosen)
         few = from_rows(chosen[:samples]) if isinstance(target, Quality) else given
     made_with: dict[str, Any] = {

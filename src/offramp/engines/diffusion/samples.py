@@ -1,15 +1,20 @@
 """Samples to calibrate a diffusion method with: the same noise and conditioning at every run, in batches, some of them held out.
 
+A sampler that adds noise (DDPM, ancestral) draws it from the generator it is given, or from torch's own, which is what some pipelines leave
+it to. Here both begin at the same place whenever a batch is run, so that two settings differ by what they skip and by nothing else.
+
 Shapes: ``N`` samples.
 """
 
 from __future__ import annotations
 
 import copy
+import hashlib
 import inspect
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +37,26 @@ class Ran:
     images: Tensor
     cost: Tensor
     reports: tuple[Report, ...]
+
+
+@contextmanager
+def drawing_from(seed: int, batch: int, device: torch.device) -> Iterator[None]:
+    """Let everything that is drawn inside begin at one place; afterwards torch's own generators are as they were before.
+
+    Args:
+        seed: of the samples.
+        batch: number of the batch, or of its first row.
+        device: where the denoiser is; its generator is set and the CPU's.
+    """
+    # Another seed than that of the noise which samples begin with: the same numbers twice in a trajectory are no noise.
+    drawn = int.from_bytes(hashlib.sha256(f"steps {seed} {batch}".encode()).digest()[:7], "big")
+    on_cuda = device.type == "cuda"
+    with torch.random.fork_rng(devices=[device] if on_cuda else []):
+        torch.default_generator.manual_seed(drawn)
+        if on_cuda:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(drawn)
+        yield
 
 
 class Samples(ABC):
@@ -76,13 +101,14 @@ class FromNoise(Samples):
         held_out: rows to measure with what was chosen.
         options: ``inputs`` and ``unconditional`` of `sample`; tensors with a row for each of the noise are divided as it is.
         guidance: see `sample`.
+        seed: of what the scheduler draws on the way.
     """
 
     def __init__(
         self, scheduler: Any, noise: Tensor, steps: int, batch_size: int, chosen: range, held_out: range, options: Mapping[str, Any],
-        guidance: float,
+        guidance: float, seed: int = 0,
     ) -> None:  # fmt: skip
-        self.scheduler, self.noise, self.asked, self.size = scheduler, noise, steps, batch_size
+        self.scheduler, self.noise, self.asked, self.size, self.seed = scheduler, noise, steps, batch_size, seed
         self.rows = {False: chosen, True: held_out}
         self.options, self.guidance = options, guidance
 
@@ -99,7 +125,8 @@ class FromNoise(Samples):
                 if part is not None
             }
             steps = FewerSteps(share).steps(self.asked)
-            return sample(denoiser, copy.deepcopy(self.scheduler), self.noise[rows], steps=steps, guidance=self.guidance, **given)
+            with drawing_from(self.seed, rows.start, self.noise.device):
+                return sample(denoiser, copy.deepcopy(self.scheduler), self.noise[rows], steps=steps, guidance=self.guidance, **given)
 
         return run
 
@@ -118,6 +145,10 @@ class FromCalls(Samples):
     def __init__(
         self, net: DiffusionModel, calls: Sequence[Mapping[str, Any]], steps: int | None, seed: int, *, endless: bool = False
     ) -> None:
+        if isinstance(calls, Mapping) or not all(isinstance(c, Mapping) for c in calls):
+            raise InvalidInput("calls must be a list of mappings, the keyword arguments of one call each: calls=[{...}].")
+        if any("generator" in c for c in calls):
+            raise InvalidInput("Calls to calibrate with take their noise from seed=...; leave generator out of them.")
         names = inspect.signature(type(net.pipe).__call__).parameters
         if not calls or "generator" not in names or "num_inference_steps" not in names:
             raise InvalidInput(
@@ -140,7 +171,8 @@ class FromCalls(Samples):
     def _runs(self, call: Mapping[str, Any], seed: int) -> Callable[[Denoiser, float], Tensor]:
         def run(denoiser: Denoiser, share: float) -> Tensor:
             view = self.net.around(denoiser, FewerSteps(share).steps)
-            got = view(**call, generator=torch.Generator().manual_seed(seed)).images
+            with drawing_from(seed, 0, self.net.net.device):
+                got = view(**call, generator=torch.Generator().manual_seed(seed)).images
             if isinstance(got, Tensor):
                 return got
             images = torch.as_tensor(np.stack([np.asarray(image) for image in got]))
