@@ -51,6 +51,7 @@ from offramp.cli.text_runs import Written, agreeing, by_threshold, calibrated, w
 from offramp.core.system import System
 from offramp.engines.text.draft_lengths import LengthChoice
 from offramp.engines.text.generate import generate
+from offramp.engines.text.planner import fingerprint_of
 from offramp.engines.text.round_times import times_of
 from offramp.engines.text.rounds import Rounds
 from offramp.engines.text.written import Generation
@@ -253,9 +254,11 @@ class Table(Measurement):
         with self.budget.part("accept"):
             self.model.load_state_dict(self.base.state_dict())
             tried = by_threshold(self.first, Accept, self.calibration, self.args.even_new, self.args.thresholds)
+            about = fingerprint_of(self.first)
         known: dict[float, float] = {}
         for limit in LIMITS:
-            known.setdefault(certify_table(**tried, risk=Risk(max_disagreement=limit)).threshold, limit)
+            plan = certify_table(**tried, risk=Risk(max_disagreement=limit), way=Accept(), fingerprint=about)
+            known.setdefault(plan.threshold, limit)
         for threshold, limit in known.items():
             if math.isinf(threshold) or not self.budget.fits(f"accept: {limit:g}", self.args.guess):
                 continue

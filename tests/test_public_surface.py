@@ -10,6 +10,7 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 
@@ -39,6 +40,12 @@ def test_public_names_are_pinned() -> None:
     assert set(offramp.__all__) == NAMES
     assert len(offramp.__all__) == len(NAMES) <= 29
     assert all(hasattr(offramp, name) for name in NAMES)
+
+
+def test_every_plan_can_be_saved_and_loaded_again() -> None:
+    plans = get_args(get_type_hints(offramp.load_plan)["return"])
+    assert {plan.__name__ for plan in plans} == {"Plan", "DenoisingPlan", "SpeculationPlan", "AcceptPlan"}
+    assert all(callable(plan.save) and callable(plan.load) for plan in plans)
 
 
 def test_public_names_are_documented() -> None:

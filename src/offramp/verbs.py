@@ -15,7 +15,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from offramp import systems
+from offramp import policies, systems
 from offramp.budget import CostMethod, DriftLimit, MeanCost, Procedure, Quality, Target
 from offramp.budget import calibrate as calibrate_trace
 from offramp.budget.agreement import AcceptPlan
@@ -578,13 +578,27 @@ def load(model: Any, folder: str | os.PathLike[str], **options: Any) -> Any:
     return _call(found[0], "load", model, folder, **options)
 
 
-def load_plan(folder: str | os.PathLike[str]) -> Plan | DenoisingPlan:
-    """Read a plan that was saved, for `compile`: of a network cut into segments, or of a diffusion method.
+PLANS: Mapping[str, Callable[..., Any]] = {
+    "plan": load_network_plan,
+    "denoising_plan": DenoisingPlan.load,
+    "speculation_plan": SpeculationPlan.load,
+    "accept_plan": lambda folder: AcceptPlan.load(folder, policies.PARTS | policies.WAYS),
+}
+"""What reads a plan, by the stem of its file."""
+
+
+def load_plan(folder: str | os.PathLike[str]) -> Plan | DenoisingPlan | SpeculationPlan | AcceptPlan:
+    """Read a plan that was saved, for `compile`: of a network cut into segments, of a diffusion method, or of a language model.
 
     Raises:
-        ArtifactError: there is none, or a file is truncated, altered or foreign.
+        ArtifactError: there is none or more than one, or a file is truncated, altered or foreign.
     """
-    return DenoisingPlan.load(folder) if (Path(folder) / "denoising_plan.json").is_file() else load_network_plan(folder)
+    found = [stem for stem in PLANS if (Path(folder) / f"{stem}.json").is_file()]
+    if len(found) != 1:
+        what = f"{len(found)} plans ({', '.join(found)}); give each a folder of its own" if found else "no plan"
+        raise ArtifactError(f"{folder} holds {what}. Expected one of {', '.join(f'{stem}.json' for stem in PLANS)}.")
+    plan: Plan | DenoisingPlan | SpeculationPlan | AcceptPlan = PLANS[found[0]](folder)
+    return plan
 
 
 def report(path: str | os.PathLike[str], **about: Any) -> Path:

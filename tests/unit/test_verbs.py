@@ -14,6 +14,7 @@ from torch import nn
 import offramp
 from language_models import VOCABULARY, build, own_greedy, prompts, word_tokenizer
 from offramp import verbs
+from offramp.budget.agreement import certify_table
 from offramp.core.errors import ArtifactError, InvalidInput, UnsupportedModel
 from offramp.core.system import System
 from offramp.engines.classify.engine import Runner
@@ -182,7 +183,7 @@ def test_a_network_is_fitted_as_before(net):
 
 
 @pytest.mark.filterwarnings("ignore::offramp.core.errors.NoEffectWarning")
-def test_what_is_compiled(model, net):
+def test_what_is_compiled(model, net, tmp_path):
     assert type(offramp.compile(net, never(net, offramp.Confidence()), offramp.LatencyMode(batch_size=2), measure=False)) is Runner
     lm = offramp.attach(model, exits=[2])
     given = prompts((5, 3))
@@ -193,10 +194,29 @@ def test_what_is_compiled(model, net):
         run = offramp.compile(lm, plan)
         assert type(run) is TextGenerator
         assert torch.equal(run.generate(given, max_new_tokens=12).sequences, expected)
+    plan_speculation(lm, texts, most=2).save(tmp_path / "drafts")
+    run = offramp.compile(lm, offramp.load_plan(tmp_path / "drafts"))
+    assert run.plan.times.candidates and torch.equal(run.generate(given, max_new_tokens=12).sequences, expected)
     run = offramp.compile(lm, texts=texts, margin=0.1)
     assert run.plan.margin == 0.1 and torch.equal(run.generate(given, max_new_tokens=12).sequences, expected)
     run = offramp.compile(lm, offramp.Accept(0.2))
     assert run.generate(given, max_new_tokens=5).tokens == generate(lm, given, offramp.Accept(0.2), max_new_tokens=5).tokens
+
+
+def test_every_plan_that_is_saved_is_loaded_and_one_at_a_time(net, tmp_path):
+    with pytest.raises(ArtifactError, match=r"no plan\. Expected one of plan\.json, .*speculation_plan\.json, accept_plan\.json"):
+        offramp.load_plan(tmp_path)
+    kept = never(net, offramp.Confidence())
+    kept.save(tmp_path)
+    assert offramp.load_plan(tmp_path) == kept
+    shares = np.zeros((40, 2))
+    way = offramp.Accept(exits=(0,))
+    leaving = certify_table(np.array([0.9, 0.5]), shares, shares, offramp.Risk(max_disagreement=0.1), way=way, fingerprint="abc")
+    leaving.save(tmp_path / "leaving")
+    assert offramp.load_plan(tmp_path / "leaving") == leaving
+    leaving.save(tmp_path)
+    with pytest.raises(ArtifactError, match=r"2 plans \(plan, accept_plan\); give each a folder of its own"):
+        offramp.load_plan(tmp_path)
 
 
 def test_a_plan_of_the_other_kind_is_refused(model, net):

@@ -11,9 +11,10 @@ Shapes: ``N`` tokens, ``K`` exits, ``T`` texts, ``M`` thresholds from strict to 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -24,8 +25,11 @@ from offramp.budget.bounds import Sample
 from offramp.budget.replay import F64, mean_estimate
 from offramp.budget.risk_control import CRC, LTT, DesignedPath, Procedure, SharedThreshold
 from offramp.budget.targets import Risk
+from offramp.core.bundle import load_bundle, reading, save_bundle
 from offramp.core.certificate import Certificate, Estimate
-from offramp.core.errors import InvalidInput, NoEffectWarning
+from offramp.core.errors import FingerprintMismatch, InvalidInput, NoEffectWarning
+from offramp.core.parts import part_from_dict, part_to_dict
+from offramp.core.protocols import Rule
 from offramp.core.warn import warn
 
 # ------------------------------------------------------------------------------------------------------------------- by tolerance
@@ -172,36 +176,127 @@ def _log_beta(parameters: tuple[float, float], x: float) -> float:
 # ------------------------------------------------------------------------------------------------------------------- with a promise
 
 
+@runtime_checkable
+class Leaving(Protocol):
+    """A way of decoding in which tokens leave, as data with these fields: `offramp.policies.Accept`."""
+
+    @property
+    def threshold(self) -> Any:
+        """What a score is held against."""
+        ...
+
+    @property
+    def rule(self) -> Rule:
+        """What gives the score."""
+        ...
+
+    @property
+    def fill(self) -> Any:
+        """What becomes of the blocks behind the exit."""
+        ...
+
+    @property
+    def exits(self) -> tuple[int, ...] | None:
+        """Which exits are used; ``None`` = all."""
+        ...
+
+
 @dataclass(frozen=True)
 class AcceptPlan:
-    """A threshold for leaving at an exit, and what it was promised to keep.
+    """How tokens leave early, and what that was promised to keep. `offramp.compile` makes a generator of it.
 
     Attributes:
-        threshold: a token leaves at a score of at least this; ``inf`` = none does.
+        way: the calibrated one: the rule, fill and exit that were judged, with the threshold that was chosen; ``inf`` = no token leaves.
         left: share of tokens that left, of a text.
-        certificate: the promise.
+        certificate: the promise, with the fingerprint of the model and its exits.
     """
 
-    threshold: float
+    way: Leaving
     left: Estimate
     certificate: Certificate
 
+    @property
+    def threshold(self) -> float:
+        """A token leaves at a score of at least this; of a threshold that decays, its first value."""
+        held = self.way.threshold
+        return float(getattr(held, "tau", held))
+
     def __str__(self) -> str:
-        return f"AcceptPlan: threshold {self.threshold:.4g}, share of tokens that leave {self.left}\n{self.certificate}"
+        way = f"{type(self.way.rule).__name__}, {self.way.fill}" + ("" if self.way.exits is None else f", exits {self.way.exits}")
+        return f"AcceptPlan: {way}, threshold {self.threshold:.4g}, share of tokens that leave {self.left}\n{self.certificate}"
+
+    def check(self, fingerprint: str) -> None:
+        """Refuse a model that the plan was not made for.
+
+        Raises:
+            FingerprintMismatch: the model or its exits have other weights, another place or another dtype.
+        """
+        if fingerprint != (own := self.certificate.fingerprint):
+            raise FingerprintMismatch(
+                f"The plan was calibrated for the language model and exits with fingerprint {own[:12]!r}, these have {fingerprint[:12]!r}: "
+                "other weights, exits or another dtype. Its certificate says nothing about them: load the exits it was calibrated with, or "
+                "certify again with the model as it will serve."
+            )
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON data."""
+        """JSON data.
+
+        Raises:
+            InvalidInput: the way holds something that is no part, or a rule with learned weights, which `save` keeps beside the data.
+        """
+        if self._weights():
+            raise InvalidInput(f"{type(self.way.rule).__name__} has learned weights, which are no JSON data; use save(folder).")
+        return self._content()
+
+    def _weights(self) -> Mapping[str, Tensor]:
+        state = getattr(self.way.rule, "state_dict", None)  # a rule that is a module
+        return state() if state is not None else {}
+
+    def _content(self) -> dict[str, Any]:
         e = self.left
+        held = self.way.threshold
         return {
-            "threshold": str(self.threshold),  # JSON has no infinity
+            "way": part_to_dict(replace(self.way, threshold=0.0)),  # type: ignore[type-var] # a frozen dataclass
+            "threshold": str(held) if isinstance(held, int | float) else part_to_dict(held),  # JSON has no infinity
             "left": [e.value, e.low, e.high, e.level],
             "certificate": self.certificate.to_dict(),
         }
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> AcceptPlan:
-        """Inverse of `to_dict`."""
-        return cls(float(data["threshold"]), Estimate(*data["left"]), Certificate.from_dict(data["certificate"]))
+    def from_dict(cls, data: Mapping[str, Any], parts: Mapping[str, type]) -> AcceptPlan:
+        """Inverse of `to_dict`.
+
+        Args:
+            data: what it gave.
+            parts: ways, rules and fills that may be named, by name: ``offramp.policies.PARTS | offramp.policies.WAYS``.
+
+        Raises:
+            ArtifactError: a field is missing or garbled, or a part is unknown.
+        """
+        with reading("The plan for leaving"):
+            held = data["threshold"]
+            threshold = float(held) if isinstance(held, str) else part_from_dict(held, parts)
+            way = replace(part_from_dict(data["way"], parts), threshold=threshold)
+            return cls(way, Estimate(*data["left"]), Certificate.from_dict(data["certificate"]))
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write ``accept_plan.json`` (and ``accept_plan.safetensors`` for a learned rule) into ``folder``, atomically."""
+        save_bundle(folder, "accept_plan", "accept_plan", self._content(), self._weights())
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str], parts: Mapping[str, type]) -> AcceptPlan:
+        """Read what `save` wrote; ``parts`` as for `from_dict`.
+
+        Raises:
+            ArtifactError: a file is missing, truncated, altered or foreign, or names an unknown part.
+        """
+        content, weights = load_bundle(folder, "accept_plan", "accept_plan")
+        plan = cls.from_dict(content, parts)
+        rule: Any = plan.way.rule
+        if weights or plan._weights():
+            with reading(f"The plan in {folder}", RuntimeError, AttributeError):  # weights of a rule that do not fit, or has none
+                rule.load_state_dict(weights)
+        return plan
 
 
 def certify_agreement(
@@ -210,10 +305,11 @@ def certify_agreement(
     text: Tensor,
     risk: Risk,
     *,
+    way: Leaving,
+    fingerprint: str,
     method: Procedure | None = None,
     grid: SharedThreshold | None = None,
     seed: int = 0,
-    fingerprint: str = "",
 ) -> AcceptPlan:
     """The lowest threshold whose disagreement with the full model is certified to stay within a limit.
 
@@ -223,18 +319,27 @@ def certify_agreement(
     accepting run write them, or give `certify_table` what running each threshold gave.
 
     Args:
-        scores: ``[N]``, higher = surer.
+        scores: ``[N]``, higher = surer: what the rule of ``way`` said, of one exit.
         agreed: bool ``[N]``.
         text: int64 ``[N]``, which text each token is of.
         risk: ``Risk(max_disagreement=...)``.
+        way: the `Accept` that the scores are of, with its exit, such as ``Accept(inf, Margin(), exits=(0,))``; the certified threshold
+            takes the place of its own.
+        fingerprint: of the model and its exits: `offramp.engines.text.planner.fingerprint_of`.
         method: `LTT` by default; `CRC` for a limit in expectation.
         grid: thresholds; over [0, 1] by default, for probabilities and their gaps.
         seed: of the order in which texts are read.
-        fingerprint: of the model and its heads.
 
     Raises:
-        InvalidInput: shapes differ, or the risk is not a disagreement.
+        InvalidInput: shapes differ, the risk is not a disagreement, the way does not name one exit or has no single threshold, or the
+            fingerprint is empty.
     """
+    if not isinstance(getattr(way, "threshold", None), int | float) or way.exits is None or len(way.exits) != 1:
+        raise InvalidInput(
+            "Tokens are judged by the scores of one exit at one threshold: give way=Accept(inf, rule, exits=(k,)), with the rule and the "
+            f"exit that the scores are of, k = 0 for the only one; got {way!r}. Where several exits are used or a threshold decays, run "
+            "each of some thresholds and give certify_table what they gave."
+        )
     s, a = _pairs(scores, agreed)
     if s.ndim != 1 or text.shape != scores.shape or text.is_floating_point():
         raise InvalidInput(
@@ -251,7 +356,7 @@ def certify_agreement(
     np.add.at(gone, (index, first), 1.0)
     np.add.at(wrong, (index, first), (~a).astype(np.float64))
     losses, left = (np.cumsum(v, axis=1)[:, :-1] / count[:, None] for v in (wrong, gone))
-    plan = certify_table(thresholds, losses, left, risk, method=method, seed=seed, fingerprint=fingerprint)
+    plan = certify_table(thresholds, losses, left, risk, way=way, fingerprint=fingerprint, method=method, seed=seed)
     promise = replace(
         plan.certificate,
         assumptions="calibration texts are exchangeable with the texts that will be served, and the tokens before each token are written "
@@ -266,9 +371,10 @@ def certify_table(
     left: F64,
     risk: Risk,
     *,
+    way: Leaving,
+    fingerprint: str,
     method: Procedure | None = None,
     seed: int = 0,
-    fingerprint: str = "",
 ) -> AcceptPlan:
     """The same from what each threshold gave on each text: measured by running it, so that the text written with it is the text judged.
 
@@ -277,13 +383,16 @@ def certify_table(
         losses: ``[T, M]`` share of a text's tokens that left and disagree, in [0, 1].
         left: ``[T, M]`` share of its tokens that left.
         risk: ``Risk(max_disagreement=...)``.
+        way: the `Accept` that was run, at any of the thresholds, which all of its exits share; of a `Decaying` one they are the ``tau``.
+        fingerprint: of the model and its exits: `offramp.engines.text.planner.fingerprint_of`.
         method: `LTT` by default; `CRC` for a limit in expectation.
         seed: of the order in which texts are read.
-        fingerprint: of the model and its heads.
 
     Raises:
-        InvalidInput: shapes differ, the risk is not a disagreement, thresholds do not fall, or the method does not control such a risk.
+        InvalidInput: shapes differ, the risk is not a disagreement, thresholds do not fall, the method does not control such a risk, the
+            way's threshold adapts or is one for each exit, or the fingerprint is empty.
     """
+    _check_way(way, fingerprint)
     if risk.max_disagreement is None:
         raise InvalidInput(
             f"Accepted tokens are judged by disagreement with the full model: give Risk(max_disagreement=...), not {risk.name}."
@@ -337,4 +446,22 @@ def certify_table(
         delta,
         "calibration texts are exchangeable with the texts that will be served",
     )
-    return AcceptPlan(threshold, gone, certificate)
+    return AcceptPlan(_at(way, threshold), gone, certificate)
+
+
+def _check_way(way: Leaving, fingerprint: str) -> None:
+    held = way.threshold if isinstance(way, Leaving) else None
+    if not (isinstance(held, int | float) or hasattr(held, "tau")):
+        raise InvalidInput(f"way must be Accept(...) as it was run, with one threshold or one that decays; got {way!r}.")
+    if not isinstance(fingerprint, str) or not fingerprint:
+        raise InvalidInput(
+            "fingerprint must say which model and exits this promise is about, so that no other is served by it; give "
+            f"offramp.engines.text.planner.fingerprint_of(lm), got {fingerprint!r}."
+        )
+
+
+def _at(way: Any, threshold: float) -> Leaving:
+    """The same way at another threshold; one that decays still does, from there."""
+    decays = hasattr(way.threshold, "tau") and math.isfinite(threshold)
+    moved: Leaving = replace(way, threshold=replace(way.threshold, tau=threshold) if decays else threshold)
+    return moved

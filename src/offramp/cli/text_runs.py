@@ -24,6 +24,7 @@ from offramp.budget.risk_control import Procedure
 from offramp.core.modes import evaluating
 from offramp.core.system import System
 from offramp.engines.text.generate import generate
+from offramp.engines.text.planner import fingerprint_of
 from offramp.exits.lm import OwnOutput
 from offramp.language import LanguageModel
 from offramp.policies.decoding import Accept, Plain, Way
@@ -264,7 +265,9 @@ def calibrated(
     if isinstance(system.calibrator, Procedure):
         if not seen:
             seen |= by_threshold(lm, lambda t: systems.way(system, t), prompts, new, thresholds)
-        return certify_table(**seen, risk=system.target, method=system.calibrator, seed=seed).threshold
+        way = systems.way(system, 1.0)  # of which the threshold is replaced
+        about: dict[str, Any] = {"way": way, "fingerprint": fingerprint_of(lm)}
+        return certify_table(**seen, **about, risk=system.target, method=system.calibrator, seed=seed).threshold
     if not seen:
         never = systems.way(system, math.inf)
         seen["looks"] = generate(lm, [list(p) for p in prompts], never, max_new_tokens=new, do_sample=False, eos_token_id=[]).audit

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -15,7 +16,13 @@ from torch import Tensor
 from offramp.budget import CRC, LTT, RCPS, Hoeffding, PointEstimate, Risk, SharedThreshold
 from offramp.budget.agreement import AcceptPlan, BetaMixture, certify_agreement, certify_table, tolerant_thresholds
 from offramp.budget.depth_schedule import LinearDepth
-from offramp.core.errors import BudgetInfeasible, InvalidInput, NoEffectWarning
+from offramp.core.errors import ArtifactError, BudgetInfeasible, FingerprintMismatch, InvalidInput, NoEffectWarning
+from offramp.policies import PARTS, WAYS, Accept, CatchUp, Copy, Decaying, Energy, LearnedGate, Margin, Plain
+
+ABOUT = {"way": Accept(exits=(0,)), "fingerprint": "abc"}
+LIMIT = Risk(max_disagreement=0.1)
+T2 = np.array([0.9, 0.5])
+Z2 = np.zeros((4, 2))
 
 # ------------------------------------------------------------------------------------------------------------------- by tolerance
 
@@ -122,7 +129,7 @@ def test_disagreement_is_kept_as_often_as_promised(steep, method):
     for seed in range(runs):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", NoEffectWarning)
-            plan = certify_agreement(*corpus(80, seed, steep=steep), risk, method=method, grid=grid)
+            plan = certify_agreement(*corpus(80, seed, steep=steep), risk, **ABOUT, method=method, grid=grid)
         broken += truth[plan.threshold] > 0.08
         left += plan.left.value / runs
     assert broken / runs <= 0.1 + 2.5 * (0.1 * 0.9 / runs) ** 0.5
@@ -135,7 +142,7 @@ def test_the_point_estimate_breaks_what_the_others_promise():
     truth = dict(zip(grid.settings(None, 2)[:, 0].tolist(), true_risk(True, grid.settings(None, 2)[:, 0])))
     broken, runs = 0, 100
     for seed in range(runs):
-        plan = certify_agreement(*corpus(80, seed, steep=True), Risk(max_disagreement=0.08), method=PointEstimate(), grid=grid)
+        plan = certify_agreement(*corpus(80, seed, steep=True), Risk(max_disagreement=0.08), **ABOUT, method=PointEstimate(), grid=grid)
         assert not plan.certificate.guaranteed and plan.certificate.delta is None
         broken += truth[plan.threshold] > 0.08
     assert broken / runs > 0.2
@@ -145,7 +152,7 @@ def test_risk_in_expectation_by_crc():
     grid = SharedThreshold(size=40, low=0.0, high=1.0)
     truth = dict(zip(grid.settings(None, 2)[:, 0].tolist(), true_risk(True, grid.settings(None, 2)[:, 0])))
     risk = Risk(max_disagreement=0.08, in_expectation=True)
-    found = [truth[certify_agreement(*corpus(80, s, steep=True), risk, grid=grid).threshold] for s in range(120)]
+    found = [truth[certify_agreement(*corpus(80, s, steep=True), risk, **ABOUT, grid=grid).threshold] for s in range(120)]
     assert 0.04 < np.mean(found) <= 0.08 + 2.5 * np.std(found) / len(found) ** 0.5
 
 
@@ -153,8 +160,8 @@ def test_a_text_counts_once_and_losses_are_what_they_say():
     score, agreed, index = corpus(40, 3)
     shuffled = torch.randperm(len(score), generator=torch.Generator().manual_seed(0))
     risk = Risk(max_disagreement=0.2)
-    plan = certify_agreement(score, agreed, index, risk)
-    assert certify_agreement(score[shuffled], agreed[shuffled], index[shuffled], risk) == plan
+    plan = certify_agreement(score, agreed, index, risk, **ABOUT)
+    assert certify_agreement(score[shuffled], agreed[shuffled], index[shuffled], risk, **ABOUT) == plan
     t = plan.threshold
     assert math.isfinite(t)
     per_text = [float(((score >= t) & ~agreed)[index == i].double().mean()) for i in range(40)]
@@ -167,20 +174,76 @@ def test_a_text_counts_once_and_losses_are_what_they_say():
 def test_where_nothing_can_be_promised_nothing_leaves():
     score, agreed, index = corpus(5, 0)
     with pytest.warns(NoEffectWarning):
-        plan = certify_agreement(score, agreed, index, Risk(max_disagreement=0.01))
+        plan = certify_agreement(score, agreed, index, Risk(max_disagreement=0.01), **ABOUT)
     assert plan.threshold == math.inf and plan.left.value == 0
     table = np.full((5, 2), 0.9)
     with pytest.warns(NoEffectWarning):
-        assert certify_table(np.array([0.9, 0.5]), table, table, Risk(max_disagreement=0.01)).threshold == math.inf
+        assert certify_table(np.array([0.9, 0.5]), table, table, Risk(max_disagreement=0.01), **ABOUT).threshold == math.inf
 
 
 @pytest.mark.parametrize("limit", [0.2, 0.001])
-def test_a_plan_is_printed_and_saved(limit):
+@pytest.mark.parametrize(
+    "way",
+    [Accept(exits=(0,)), Accept(math.inf, Margin(), CatchUp(3), exits=(2,)), Accept(0.1, Energy(temperature=2.0), Copy(), exits=(1,))],
+    ids=["all as usual", "margin", "energy, copied"],
+)
+def test_a_plan_keeps_the_way_it_was_calibrated_with_and_is_saved(limit, way, tmp_path):
+    """Rule, fill and exit: what a threshold means is theirs."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NoEffectWarning)
-        plan = certify_agreement(*corpus(60, 1), Risk(max_disagreement=limit), fingerprint="abc")
-    assert AcceptPlan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
-    assert f"at most {limit:g}" in str(plan)
+        plan = certify_agreement(*corpus(60, 1), Risk(max_disagreement=limit), way=way, fingerprint="abc")
+    assert plan.way == replace(way, threshold=plan.threshold) and plan.certificate.fingerprint == "abc"
+    assert math.isinf(plan.threshold) == (limit == 0.001)
+    assert AcceptPlan.from_dict(json.loads(json.dumps(plan.to_dict())), PARTS | WAYS) == plan
+    plan.save(tmp_path)
+    assert AcceptPlan.load(tmp_path, PARTS | WAYS) == plan
+    assert [p.name for p in tmp_path.iterdir()] == ["accept_plan.json"], "and nothing half-written beside it"
+    assert f"at most {limit:g}" in str(plan) and type(way.rule).__name__ in str(plan)
+
+
+def test_a_threshold_that_decays_still_does():
+    table = np.zeros((40, 2))
+    calm = Accept(Decaying(0.9, temperature=2.0), Margin(), Copy())
+    plan = certify_table(T2, table, table, LIMIT, way=calm, fingerprint="abc")
+    assert plan.way == Accept(Decaying(0.5, temperature=2.0), Margin(), Copy()) and plan.threshold == 0.5
+    assert AcceptPlan.from_dict(json.loads(json.dumps(plan.to_dict())), PARTS | WAYS) == plan
+    with pytest.warns(NoEffectWarning):
+        nothing = certify_table(np.array([math.inf, 0.5]), table + T2, table, LIMIT, way=calm, fingerprint="abc")
+    assert nothing.way == Accept(math.inf, Margin(), Copy())
+
+
+def test_weights_of_a_learned_rule_are_saved_with_the_plan(tmp_path):
+    torch.manual_seed(0)
+    gate = LearnedGate(exits=1)
+    plan = certify_agreement(*corpus(60, 1), Risk(max_disagreement=0.2), way=Accept(rule=gate, exits=(0,)), fingerprint="abc")
+    with pytest.raises(InvalidInput, match=r"use save\(folder\)"):
+        plan.to_dict()
+    plan.save(tmp_path)
+    again = AcceptPlan.load(tmp_path, PARTS | WAYS)
+    kept, own = again.way.rule.state_dict(), gate.state_dict()
+    assert kept.keys() == own.keys() and all(torch.equal(kept[k], own[k]) for k in own)
+    (tmp_path / "accept_plan.safetensors").unlink()
+    with pytest.raises(ArtifactError, match="missing"):
+        AcceptPlan.load(tmp_path, PARTS | WAYS)
+
+
+def test_a_garbled_plan_is_refused():
+    data = certify_agreement(*corpus(60, 1), Risk(max_disagreement=0.2), **ABOUT).to_dict()
+    for broken in ({k: v for k, v in data.items() if k != "way"}, data | {"threshold": "much"}, data | {"way": 3}):
+        with pytest.raises(ArtifactError):
+            AcceptPlan.from_dict(broken, PARTS | WAYS)
+    with pytest.raises(ArtifactError, match="known types"):
+        AcceptPlan.from_dict(data, WAYS)
+
+
+def test_a_plan_is_of_one_model():
+    plan = certify_agreement(*corpus(60, 1), Risk(max_disagreement=0.2), **ABOUT)
+    plan.check("abc")
+    for other in ("abd", ""):
+        with pytest.raises(FingerprintMismatch, match="certify again"):
+            plan.check(other)
+    with pytest.raises(TypeError, match="fingerprint"):
+        certify_agreement(*corpus(9, 0), LIMIT, way=Accept(exits=(0,)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------- schedule
@@ -215,10 +278,6 @@ def test_schedule_that_cannot_be():
     assert settled.most == 18 and settled.least < 18
 
 
-T2 = np.array([0.9, 0.5])
-Z2 = np.zeros((4, 2))
-
-
 @pytest.mark.parametrize(
     "make",
     [
@@ -228,12 +287,20 @@ Z2 = np.zeros((4, 2))
         lambda: tolerant_thresholds(torch.rand(3), torch.ones(3, dtype=torch.bool), 1.0),
         lambda: BetaMixture(zeta=1.0),
         lambda: BetaMixture().seen(torch.tensor([1.5]), torch.tensor([True])),
-        lambda: certify_agreement(*corpus(9, 0), Risk(max_drop=0.1)),
-        lambda: certify_agreement(torch.rand(3), torch.ones(3, dtype=torch.bool), torch.zeros(3), Risk(max_disagreement=0.1)),
-        lambda: certify_table(T2[::-1], Z2, Z2, Risk(max_disagreement=0.1)),
-        lambda: certify_table(T2, Z2, Z2[:, :1], Risk(max_disagreement=0.1)),
-        lambda: certify_table(T2, Z2, Z2, Risk(max_disagreement=0.1), method=CRC()),
-        lambda: certify_table(T2, Z2, Z2, Risk(max_disagreement=0.1, in_expectation=True), method=LTT()),
+        lambda: certify_agreement(*corpus(9, 0), Risk(max_drop=0.1), **ABOUT),
+        lambda: certify_agreement(torch.rand(3), torch.ones(3, dtype=torch.bool), torch.zeros(3), LIMIT, **ABOUT),
+        lambda: certify_table(T2[::-1], Z2, Z2, LIMIT, **ABOUT),
+        lambda: certify_table(T2, Z2, Z2[:, :1], LIMIT, **ABOUT),
+        lambda: certify_table(T2, Z2, Z2, LIMIT, **ABOUT, method=CRC()),
+        lambda: certify_table(T2, Z2, Z2, Risk(max_disagreement=0.1, in_expectation=True), **ABOUT, method=LTT()),
+        lambda: certify_agreement(*corpus(9, 0), LIMIT, way=Accept(exits=(0,)), fingerprint=""),
+        lambda: certify_agreement(*corpus(9, 0), LIMIT, way=Accept(), fingerprint="abc"),  # scores of which exit?
+        lambda: certify_agreement(*corpus(9, 0), LIMIT, way=Accept(exits=(0, 1)), fingerprint="abc"),
+        lambda: certify_agreement(*corpus(9, 0), LIMIT, way=Accept(Decaying(0.5), exits=(0,)), fingerprint="abc"),
+        lambda: certify_agreement(*corpus(9, 0), LIMIT, way=Plain(), fingerprint="abc"),
+        lambda: certify_table(T2, Z2, Z2, LIMIT, way=Accept(BetaMixture()), fingerprint="abc"),
+        lambda: certify_table(T2, Z2, Z2, LIMIT, way=Accept((0.5, 0.4)), fingerprint="abc"),
+        lambda: certify_table(T2, Z2, Z2, LIMIT, way=Accept(), fingerprint=None),
         lambda: LinearDepth(12, 4, 6),
         lambda: LinearDepth(12, 6, 4).depth(5, 5),
         lambda: LinearDepth.for_speedup(12, 0.5, 10),

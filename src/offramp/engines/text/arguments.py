@@ -58,6 +58,7 @@ _CHANGE_THE_TEXT: dict[str, Any] = {
     "force_words_ids": None,
 }
 _DRAFTING = ("assistant_model", "assistant_early_exit", "assistant_tokenizer", "prompt_lookup_num_tokens", "use_mtp")
+_DRAFTS = "drafts of an exit, verified, are written by offramp.compile(lm, Verify(...)).generate(...)"
 _OTHERS: dict[str, Any] = {
     # arguments that are refused where given, unless they have the value that changes nothing
     **dict.fromkeys(_DRAFTING),
@@ -230,7 +231,7 @@ def _refuse(others: Mapping[str, Any], sources: Sequence[Any]) -> None:
             hint = f" Did you mean {' or '.join(close)}?" if close else f" Known are {', '.join(_KNOWN)}."
             raise InvalidInput(f"generate has no argument {name!r}.{hint}")
         if not _neutral(value, known[name]):
-            hint = "for drafts give mode=Verify(...)" if name in _DRAFTING else "the model's own generate has it"
+            hint = _DRAFTS if name in _DRAFTING else "the model's own generate has it"
             raise InvalidInput(f"{name}={_short(value)} is known to transformers and not supported by generate of offramp; {hint}.")
     for source in sources:
         for name, nothing in _CHANGE_THE_TEXT.items():

@@ -22,7 +22,7 @@ from offramp.engines.text.arguments import Settings, StopStrings, one_stop, seed
 from offramp.engines.text.draft_lengths import LengthChoice
 from offramp.engines.text.generate import exits, generate
 from offramp.engines.text.kept_rounds import Kept, KeptRounds, Need
-from offramp.engines.text.planner import Prediction, SpeculationPlan, choose, even_acceptance, plan_speculation
+from offramp.engines.text.planner import Prediction, SpeculationPlan, choose, even_acceptance, fingerprint_of, plan_speculation
 from offramp.engines.text.round_times import measure, measure_rounds, times_of
 from offramp.engines.text.rounds import Captured, Rounds, can_capture, length_of
 from offramp.engines.text.sampling import Sampling
@@ -281,20 +281,21 @@ def text_generator(
 
     Raises:
         InvalidInput: neither a plan nor texts, a plan for exits that the model does not have, or texts that are too short.
+        FingerprintMismatch: a plan that was made for another model, or with other exits.
     """
     options: dict[str, Any] = {
         "tokenizer": tokenizer, "captured": captured, "compiled": compiled, "max_rows": max_rows, "keep": keep
     }  # fmt: skip
     if isinstance(plan, AcceptPlan):
-        if len(lm.exits) != 1:
-            raise InvalidInput(
-                f"An AcceptPlan is for one exit and this model has {len(lm.exits)}: give Accept({plan.threshold:.4g}, exits=(k,)) with the "
-                "number of the exit that it was calibrated for."
-            )
-        plan = Accept(plan.threshold)
+        plan.check(fingerprint_of(lm))
+        way = plan.way
+        if not isinstance(way, Accept):
+            raise InvalidInput(f"An AcceptPlan for a language model is about an Accept(...), this one is about {way!r}.")
+        plan = way
     if isinstance(plan, Plain | Verify | Accept | Scheduled):
         return TextGenerator(lm, plan, **options)
     if isinstance(plan, SpeculationPlan):
+        plan.check(lm)
         return TextGenerator(lm, plan=plan, **options)
     if plan is not None:
         raise InvalidInput(

@@ -8,12 +8,16 @@ blocks (`Times.modelled`); acceptance from texts (`agreement`) or from what was 
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from itertools import zip_longest
 from typing import Any
 
-from offramp.core.bundle import reading
-from offramp.core.errors import InvalidInput
+from offramp.core.bundle import fingerprint, load_bundle, reading, save_bundle
+from offramp.core.errors import FingerprintMismatch, InvalidInput
+from offramp.core.parts import part_key
 from offramp.engines.text.agreement import Acceptance, agreement
 from offramp.engines.text.round_times import Candidate, Times, measure
 from offramp.engines.text.sampling import Sampling
@@ -21,6 +25,14 @@ from offramp.language import LanguageModel
 from offramp.policies.acceptance import AcceptanceBins
 from offramp.policies.decoding import Plain, Verify
 from offramp.policies.draft_stop import DraftStop, MarginalValue
+
+
+def fingerprint_of(lm: LanguageModel) -> str:
+    """SHA-256 of a language model and its exits: what a plan and its certificate are about. Exits trained further are other exits."""
+    digest = hashlib.sha256(lm.base_fingerprint().encode())
+    for after, head, spec in zip_longest(lm.exits, lm.heads, lm.specs):
+        digest.update(f"{after}|{'module' if spec is None else part_key(spec)}|{fingerprint(head)}".encode())
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -55,12 +67,37 @@ class SpeculationPlan:
         chosen: the best setting, or ``None`` where speculation is off.
         predictions: all settings, best first.
         margin: gain over plain that was asked for.
+        fingerprints: of the models with their exits that were measured, by the name of their heads; see `fingerprint_of`.
     """
 
     times: Times
     chosen: Prediction | None
     predictions: tuple[Prediction, ...]
     margin: float = 0.0
+    fingerprints: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def best(self) -> Prediction:
+        """The chosen setting; where speculation is off, the one that came nearest."""
+        return self.chosen or self.predictions[0]
+
+    def check(self, lm: LanguageModel) -> None:
+        """Refuse a model, or exits, that the plan was not made for.
+
+        Raises:
+            FingerprintMismatch: it was made for others, or the plan does not say for which.
+        """
+        head = self.best.head
+        if head not in self.fingerprints:
+            raise FingerprintMismatch(
+                f"The plan does not say which model its times and acceptance with heads {head!r} are of. Make it with plan_speculation, or "
+                "give choose(..., fingerprints={name: fingerprint_of(lm)})."
+            )
+        if (found := fingerprint_of(lm)) != (own := self.fingerprints[head]):
+            raise FingerprintMismatch(
+                f"The plan is for the language model and exits with fingerprint {own[:12]!r} (heads {head!r}), these have {found[:12]!r}: "
+                "other weights, exits or another dtype. Load the exits it was made with, or plan again with texts."
+            )
 
     @property
     def speedup(self) -> float:
@@ -81,7 +118,7 @@ class SpeculationPlan:
 
     def marginal(self, bins: AcceptanceBins | None = None) -> MarginalValue:
         """The rule that stops when a draft is no longer worth its time, with the times of the chosen setting, else of the best one."""
-        best = self.chosen or self.predictions[0]
+        best = self.best
         candidate = next(c for c in self.times.candidates if (c.exit_index, c.head) == (best.exit_index, best.head))
         step = max(candidate.step, 1e-6 * self.times.full)
         given = {} if bins is None else {"bins": bins}
@@ -122,7 +159,22 @@ class SpeculationPlan:
             times = dict(data["times"])
             times["candidates"] = tuple(Candidate(**{**c, "deep": tuple(c["deep"])}) for c in times["candidates"])
             chosen = None if data["chosen"] is None else Prediction(**data["chosen"])
-            return cls(Times(**times), chosen, tuple(Prediction(**p) for p in data["predictions"]), float(data["margin"]))
+            predictions = tuple(Prediction(**p) for p in data["predictions"])
+            return cls(Times(**times), chosen, predictions, float(data["margin"]), dict(data["fingerprints"]))
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write ``speculation_plan.json`` into ``folder``, atomically."""
+        save_bundle(folder, "speculation_plan", "speculation_plan", self.to_dict())
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> SpeculationPlan:
+        """Read what `save` wrote.
+
+        Raises:
+            ArtifactError: the file is missing, truncated, altered or foreign.
+        """
+        content, _ = load_bundle(folder, "speculation_plan", "speculation_plan")
+        return cls.from_dict(content)
 
 
 def even_acceptance(tokens: float, drafts: int) -> float:
@@ -134,13 +186,16 @@ def even_acceptance(tokens: float, drafts: int) -> float:
     return low
 
 
-def choose(times: Times, acceptance: Sequence[Acceptance], *, margin: float = 0.0) -> SpeculationPlan:
+def choose(
+    times: Times, acceptance: Sequence[Acceptance], *, margin: float = 0.0, fingerprints: Mapping[str, str] | None = None
+) -> SpeculationPlan:
     """The setting with the most tokens per second, or none.
 
     Args:
         times: measured or modelled.
         acceptance: of each of its candidates, in order.
         margin: how much faster than plain it must be expected to be, e.g. 0.02; at least 0.
+        fingerprints: of the models that these are of, by the name of their heads; `offramp.compile` takes no plan without.
 
     Raises:
         InvalidInput: not one acceptance for each candidate, or a negative margin.
@@ -154,7 +209,7 @@ def choose(times: Times, acceptance: Sequence[Acceptance], *, margin: float = 0.
             found.append(Prediction(c.exit_index, c.depth, c.head, k, a.tokens[k], taken, a.tokens[k] * times.full / taken))
     found.sort(key=lambda p: (-p.speedup, p.draft_length, p.depth))
     chosen = found[0] if found[0].speedup > 1 + margin else None
-    return SpeculationPlan(times, chosen, tuple(found), margin)
+    return SpeculationPlan(times, chosen, tuple(found), margin, dict(fingerprints or {}))
 
 
 def plan_speculation(
@@ -191,4 +246,4 @@ def plan_speculation(
         seen = agreement(lm, texts, starts=starts, sampling=sampling)
         found.extend(Acceptance.of_runs(seen.by_text(e), most) for e in range(len(lm.exits)))
     known = times if times is not None else measure(named, rows=rows, context=context, most=most)
-    return choose(known, found, margin=margin)
+    return choose(known, found, margin=margin, fingerprints={name: fingerprint_of(lm) for name, lm in named.items()})

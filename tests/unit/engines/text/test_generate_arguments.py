@@ -211,7 +211,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize("name", ["assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens"])
     def test_drafts_have_a_mode(self, lm: LanguageModel, name: str) -> None:
-        with pytest.raises(InvalidInput, match=rf"{name}=3 .* give mode=Verify"):
+        with pytest.raises(InvalidInput, match=rf"{name}=3 .* offramp\.compile\(lm, Verify\(\.\.\.\)\)"):
             generate(lm, [[1]], **{name: 3})
 
     def test_that_changes_nothing_is_fine(self, lm: LanguageModel) -> None:

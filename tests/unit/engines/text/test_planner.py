@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,10 +12,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from offramp.budget.agreement import tolerant_thresholds
-from offramp.core.errors import ArtifactError, InvalidInput
+from offramp.core.errors import ArtifactError, FingerprintMismatch, InvalidInput
 from offramp.engines.text.agreement import Acceptance, agreement
 from offramp.engines.text.generate import generate
-from offramp.engines.text.planner import SpeculationPlan, choose, plan_speculation
+from offramp.engines.text.planner import SpeculationPlan, choose, fingerprint_of, plan_speculation
 from offramp.engines.text.round_times import Candidate, Times, measure, measure_rounds
 from offramp.engines.text.sampling import Sampling
 from offramp.exits.cached import Adapter
@@ -243,10 +244,13 @@ def test_marginal_rule_of_a_plan():
     assert isinstance(mode, Verify) and mode.stop == rule
 
 
-def test_a_plan_is_printed_and_saved():
+def test_a_plan_is_printed_and_saved(tmp_path):
     times, chances = random_times(3)
     for margin in (0.0, 50.0):
-        plan = choose(times, [Acceptance.by_place(c) for c in chances], margin=margin)
+        plan = choose(times, [Acceptance.by_place(c) for c in chances], margin=margin, fingerprints={"own": "abc", "norm": "abd"})
+        plan.save(tmp_path)
+        assert SpeculationPlan.load(tmp_path) == plan and plan.fingerprints["norm"] == "abd"
+        assert [p.name for p in tmp_path.iterdir()] == ["speculation_plan.json"], "and nothing half-written beside it"
         assert SpeculationPlan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
         assert ("off" in str(plan)) == (plan.chosen is None)
         assert all(str(c.depth) in str(plan) for c in times.candidates)
@@ -272,7 +276,12 @@ def test_measured_and_planned(lm):
     deeper = {c.depth: c.shallow for c in plan.times.candidates if c.head == "own"}
     assert deeper[3] > deeper[1]
     again = plan_speculation(named, texts, times=plan.times, most=3)
-    assert again == plan
+    assert again == plan and plan.fingerprints == {name: fingerprint_of(each) for name, each in named.items()}
+    assert len(set(plan.fingerprints.values())) == 2, "the heads are others, the model is one"
+    drafting = replace(plan, chosen=next(p for p in plan.predictions if p.head == "norm"))
+    drafting.check(named["norm"])
+    with pytest.raises(FingerprintMismatch, match="heads 'norm'"):
+        drafting.check(lm)
 
 
 def test_measuring_heads_that_attend():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -11,17 +12,21 @@ import torch
 from language_models import build, left_padded, own_greedy, prompts, word_tokenizer
 from offramp.budget.agreement import certify_agreement
 from offramp.budget.depth_schedule import LinearDepth
+from offramp.budget.risk_control import SharedThreshold
 from offramp.budget.targets import Risk
-from offramp.core.errors import InvalidInput
+from offramp.core.errors import FingerprintMismatch, InvalidInput
 from offramp.engines.text import generator as module
 from offramp.engines.text.agreement import Acceptance
 from offramp.engines.text.generate import generate
 from offramp.engines.text.generator import TextGenerator, text_generator
-from offramp.engines.text.planner import SpeculationPlan, choose
+from offramp.engines.text.planner import SpeculationPlan, choose, fingerprint_of
 from offramp.engines.text.round_times import Candidate, Times
-from offramp.language import LanguageModel, attach_lm
+from offramp.exits.lm import OwnNorm
+from offramp.language import LanguageModel, attach_lm, load_lm
 from offramp.policies.decoding import Accept, CatchUp, Plain, Recompute, Scheduled, Verify
 from offramp.policies.draft_stop import BelowProbability
+from offramp.policies.threshold import Margin
+from offramp.verbs import load_plan
 
 WAYS = [Plain(), Verify(3), Verify(2, BelowProbability(0.2), exit_index=1), Accept(0.3), Accept(0.055, fill=CatchUp(3), exits=(1,))]
 SAMPLED = {"do_sample": True, "temperature": 0.8, "top_k": 10, "seed": 7}
@@ -40,7 +45,8 @@ def lm() -> LanguageModel:
 def planned(lm: LanguageModel, draft: float, rows: int = 1, tokens: tuple[float, ...] = (1.8, 2.4, 2.8, 3.1, 3.3, 3.4)) -> SpeculationPlan:
     """A plan with a draft of this cost, in plain steps."""
     candidate = Candidate(0, lm.exits[0], "own", draft, 0.0, (1.0,) * 7)
-    return choose(Times(1.0, (candidate,), rows, 4, "nowhere"), [Acceptance((1.0, *tokens))], margin=0.02)
+    times, about = Times(1.0, (candidate,), rows, 4, "nowhere"), {"own": fingerprint_of(lm)}
+    return choose(times, [Acceptance((1.0, *tokens))], margin=0.02, fingerprints=about)
 
 
 # ---- the same text -----------------------------------------------------------------------------------------------------------
@@ -267,15 +273,48 @@ def test_planned_here(lm, captured):
     assert "captured rounds" in str(run) if captured else "the reference engine" in str(run)
 
 
-def test_a_certified_threshold_is_a_way(lm):
-    g = torch.Generator().manual_seed(0)
-    scores = torch.rand(4000, generator=g)
-    agreed = torch.rand(4000, generator=g) < scores.sqrt()
-    plan = certify_agreement(scores, agreed, torch.arange(4000) // 10, Risk(max_disagreement=0.2, delta=0.1))
-    one = attach_lm(lm.model, [2])
-    assert text_generator(one, plan).way() == Accept(plan.threshold)
-    with pytest.raises(InvalidInput, match="exits=\\(k,\\)"):
-        text_generator(lm, plan)
+def test_a_certified_plan_writes_as_it_was_calibrated(lm, tmp_path):
+    """Its rule, fill and exit: the threshold of another rule promises nothing here."""
+    given = [[i % 40 + 5, i % 7 + 5, i % 11 + 5] for i in range(180)]
+    way = Accept(math.inf, Margin(), CatchUp(3), exits=(1,))
+    looks = text_generator(lm, way).generate(given[:120], max_new_tokens=12).audit
+    risk, grid = Risk(max_disagreement=0.15), SharedThreshold(size=200, low=0.0, high=float(looks.score.max()))
+    plan = certify_agreement(looks.score, looks.agreed, looks.row, risk, way=way, fingerprint=fingerprint_of(lm), grid=grid)
+    assert 0.05 < plan.left.value < 1
+    plan.save(tmp_path)
+    run = text_generator(lm, load_plan(tmp_path))
+    assert run.way() == replace(way, threshold=plan.threshold) and math.isfinite(plan.threshold)
+    found = run.generate(given[120:], max_new_tokens=12)
+    assert found.audited and found.disagreed / (60 * 11) <= 0.15
+    careless = text_generator(lm, Accept(plan.threshold, exits=(1,))).generate(given[120:], max_new_tokens=12)
+    assert careless.disagreed / (60 * 11) > 0.15, "the same number with another rule breaks the promise"
+
+
+def test_plans_of_another_model_are_refused(lm, tmp_path):
+    """Other weights, other exits, exits trained further; the same ones loaded again are the same."""
+    scores = torch.linspace(0, 1, 4000)
+    certified = certify_agreement(
+        scores, scores > 0.3, torch.arange(4000) % 400, Risk(max_disagreement=0.2), way=Accept(exits=(0,)), fingerprint=fingerprint_of(lm)
+    )
+    own = attach_lm(lm.model, [1, 2], OwnNorm())
+    drafting = planned(own, 0.1)
+    own.save(tmp_path / "exits")
+    again = load_lm(lm.model, tmp_path / "exits")
+    assert text_generator(again, drafting).plan == drafting
+    with torch.no_grad():
+        again.heads[1].norm.weight.add_(0.5)
+    changed = build("llama")
+    with torch.no_grad():
+        changed.lm_head.weight.mul_(1.5)
+    assert text_generator(lm, certified).way() == certified.way
+    for other in (attach_lm(lm.model, [1, 3]), attach_lm(lm.model, [1]), own, attach_lm(changed, [1, 2])):
+        with pytest.raises(FingerprintMismatch, match="certify again"):
+            text_generator(other, certified)
+    for other in (lm, again, attach_lm(changed, [1, 2], OwnNorm())):
+        with pytest.raises(FingerprintMismatch, match="plan again"):
+            text_generator(other, drafting)
+    with pytest.raises(FingerprintMismatch, match="does not say which model"):
+        text_generator(own, replace(drafting, fingerprints={}))
 
 
 # ---- what is refused ---------------------------------------------------------------------------------------------------------
