@@ -1,7 +1,8 @@
 """Autoregressive decoders as resumable execution: a causal language model, block by block, over a cache of our own.
 
 The model's own modules run. Each block is seen through a copy that shares every parameter but whose attention reads the configuration
-of a copy, in which the attention function is ours: the user's model, its configuration and its forward stay as they are.
+of a copy, in which the attention function is ours: the user's model, its configuration and its forward stay as they are. Weights that
+change are followed. Modules that are put in the place of those that are seen are not, and `Decoder.check_unchanged` says so.
 
 What is needed of a model is small and read from its structure: token embeddings, a list of blocks, a final norm, an output layer,
 positions by rotation or by a learned table. Whether that was all is not believed but tried: the decoder's logits are compared with the
@@ -25,7 +26,7 @@ from offramp.backbones.attention import decoding_attention, masked_attention, wa
 from offramp.backbones.joined import joined_projections
 from offramp.backbones.kv import KVCache, Writer
 from offramp.backbones.tried import check_logits, trying
-from offramp.core.errors import UnsupportedModel
+from offramp.core.errors import InvalidInput, UnsupportedModel
 from offramp.core.modes import evaluating
 
 ATTENTION = "offramp_cached"
@@ -107,6 +108,12 @@ def _seen_through(module: nn.Module, **replaced: Any) -> Any:
     for name, value in replaced.items():
         setattr(view, name, value)
     return view
+
+
+def _own_forward(module: nn.Module) -> Any:
+    """What was put in place of a module's ``forward`` on the module itself, or ``None``; its class's own put back is nothing put there."""
+    found = module.__dict__.get("forward")
+    return None if getattr(found, "__func__", None) is type(module).forward else found
 
 
 def _first(module: nn.Module, names: tuple[str, ...]) -> tuple[str, nn.Module] | None:
@@ -204,6 +211,53 @@ class Decoder:
             self.blocks.append(_seen_through(block, **{attention[0]: _seen_through(attention[1], config=ours)}))
             self.windows.append(_window(attention[1], config))
             self._keyword = "layer_past" if attention[0] == "attention" else "past_key_values"
+        self._seen = self._parts()
+
+    def _parts(self) -> dict[str, Any]:
+        """What is seen of the model, by path, as it is now: what `check_unchanged` compares."""
+        model = self.model
+        found: dict[str, Any] = {"the input embeddings": model.get_input_embeddings(), "the output layer": model.get_output_embeddings()}
+        name, trunk = _first(model, _TRUNKS) or ("", None)
+        found[name or "the trunk"] = trunk
+        if trunk is None:
+            return found
+        for part in ("rotary_emb", "wpe", "embed_positions"):
+            found[f"{name}.{part}"] = getattr(trunk, part, None)
+        norm, blocks = _first(trunk, _NORMS) or ("the final norm", None), _first(trunk, _BLOCKS)
+        found[f"{name}.{norm[0]}"] = norm[1]
+        if blocks is None:
+            return found
+        for number, block in enumerate(blocks[1].children()):
+            path = f"{name}.{blocks[0]}.{number}"
+            found[path], found[f"{path}.forward"] = block, _own_forward(block)
+            for child, module in block._modules.items():
+                found[f"{path}.{child}"] = module
+                if child in _ATTENTIONS and module is not None:
+                    found[f"{path}.{child}.forward"] = _own_forward(module)
+                    found |= {f"{path}.{child}.{part}": inner for part, inner in module._modules.items()}
+        return found
+
+    def check_unchanged(self) -> None:
+        """See that what is seen of the model is still what the model runs: its embeddings, blocks, what they consist of, norm and head.
+
+        Identities are compared, in well under a millisecond, so that new values, types and devices of weights, modules replaced deeper
+        inside (an adapter inside an ``mlp``) and hooks, all of which are followed, pass.
+
+        Raises:
+            InvalidInput: a module was replaced, added or taken away, or the vocabulary resized; says which.
+        """
+        now, seen = self._parts(), self._seen
+        changed = [path for path in (*seen, *(p for p in now if p not in seen)) if now.get(path) is not seen.get(path)]
+        vocabulary = int(self.model.config.vocab_size)
+        if vocabulary != self.vocabulary:
+            changed.insert(0, f"the vocabulary ({self.vocabulary} tokens then, {vocabulary} now)")
+        if changed:
+            more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+            raise InvalidInput(
+                f"This {type(self.model).__name__} was changed after exits were attached to it: {', '.join(changed[:3])}{more}. The text "
+                "would be that of the model as it was. Change the model first (adapters, other embeddings or layers), then attach again "
+                "with offramp.attach; new values of the same weights need no new attaching."
+            )
 
     def __len__(self) -> int:
         return len(self.blocks)

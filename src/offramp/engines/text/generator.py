@@ -26,6 +26,7 @@ from offramp.engines.text.planner import Prediction, SpeculationPlan, choose, ev
 from offramp.engines.text.round_times import measure, measure_rounds, times_of
 from offramp.engines.text.rounds import Captured, Rounds, can_capture, length_of
 from offramp.engines.text.sampling import Sampling
+from offramp.engines.text.turns import Turn
 from offramp.engines.text.written import Audit, Generation, Streamer
 from offramp.language import LanguageModel
 from offramp.policies.decoding import Accept, Plain, Scheduled, Verify, Way
@@ -49,6 +50,11 @@ class TextGenerator:
     acceptance seen so far favour, none among them. Otherwise the length is chosen once for each size of batch, by times measured for that
     size, and is 0 where drafting would not pay. Captured rounds in which tokens leave have the length that measured times and the share
     that left so far favour, also when sampling: their text does not depend on it.
+
+    Threads may share a generator. Captured rounds write for one of them at a time and the others wait; what is called meanwhile (a
+    streamer, a stop criterion) cannot call the same generator. The reference writes for all of them at once. Weights may change between
+    two texts: where they stand elsewhere afterwards (moved, assigned, of another type), captured rounds are made anew. A model whose
+    modules were replaced after exits were attached to it is refused.
 
     Args:
         lm: from `offramp.attach`.
@@ -87,10 +93,23 @@ class TextGenerator:
         self._way = way
         self._in_rounds = self.captured and (way is None or can_capture(lm, way))
         self._plans: dict[int, SpeculationPlan] = {} if plan is None else {_power(plan.times.rows): plan}
+        self._turn, self._planning = Turn("This captured generator"), Turn("This generator's planner")
+
+    @property
+    def _how(self) -> str:
+        return "captured rounds" if self._in_rounds else "the reference engine"
 
     def __str__(self) -> str:
-        how = "captured rounds" if self._in_rounds else "the reference engine"
-        return f"TextGenerator on {self.lm.decoder.device}, {how}\n{self.plan if self.plan is not None else self._way}"
+        return f"TextGenerator on {self.lm.decoder.device}, {self._how}\n{self.plan if self.plan is not None else self._way}"
+
+    def __repr__(self) -> str:
+        model = f"{type(self.lm.model).__name__} with exits after {list(self.lm.exits)}"
+        way = self._way if self.plan is None else f"{self.plan.mode()} of a plan"
+        return f"<TextGenerator of {model} on {self.lm.decoder.device}: {way}, {self._how}>"
+
+    def __call__(self, prompts: Any = None, **asked: Any) -> Generation:
+        """The same as `generate`."""
+        return self.generate(prompts, **asked)
 
     @property
     def captures(self) -> int:
@@ -118,7 +137,7 @@ class TextGenerator:
         stop: str | Sequence[str] | None = None,
         streamer: Streamer | None = None,
         generation_config: Any = None,
-        seed: int | Sequence[int] = 0,
+        seed: int | Sequence[int] | None = 0,
         **others: Any,
     ) -> Generation:
         """Continue texts. Arguments are those of `offramp.engines.text.generate.generate`, which are those of transformers.
@@ -127,7 +146,8 @@ class TextGenerator:
         is written behind another. `Generation.tokens` has the new ids of each, `Generation.sequences` prompts and new tokens padded.
 
         Raises:
-            InvalidInput: an argument is out of range, unknown or not supported; says which.
+            InvalidInput: an argument is out of range, unknown or not supported; this call comes from a streamer or stop criterion of
+                another, both captured; the model was changed after exits were attached to it. Says which.
         """
         tokenizer = tokenizer if tokenizer is not None else self.tokenizer
         if (prompts is None) == (input_ids is None):
@@ -155,10 +175,11 @@ class TextGenerator:
         if streamer is not None and len(texts) != 1:
             raise InvalidInput(f"A streamer takes the tokens of one text, got {len(texts)} prompts; give them one at a time.")
         parts = []
-        for first in range(0, len(texts), self.max_rows):
-            part = texts[first : first + self.max_rows]
-            made, choice = self._rounds(part, new, asked)
-            parts.append(made.generate(part, new, seeds[first : first + self.max_rows], choice, stops, streamer))
+        with self._turn:
+            for first in range(0, len(texts), self.max_rows):
+                part = texts[first : first + self.max_rows]
+                made, choice = self._rounds(part, new, asked)
+                parts.append(made.generate(part, new, seeds[first : first + self.max_rows], choice, stops, streamer))
         found = _joined(parts)
         found.pad_token_id = asked.filling
         return found
@@ -181,7 +202,8 @@ class TextGenerator:
         """How a batch of so many rows is written by the reference. With a plan, times are measured for a new size of batch first."""
         if self._way is not None:
             return self._way
-        return self._planned(_power(rows)).mode()
+        with self._planning:
+            return self._planned(_power(rows)).mode()
 
     def _planned(self, rows: int) -> SpeculationPlan:
         first = self._first
@@ -355,6 +377,7 @@ def _joined(parts: Sequence[Generation]) -> Generation:
         disagreed=sum(p.disagreed for p in parts),
         audit=Audit(torch.cat([p.audit.row + rows for p, rows in zip(parts, before, strict=True)]), *looks),
         deep_passes=sum(p.deep_passes for p in parts),
+        row_passes=sum(p.deep_passes * len(p.tokens) for p in parts),
         prompts=[t for p in parts for t in p.prompts],
     )
 

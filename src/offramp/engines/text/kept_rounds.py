@@ -51,7 +51,7 @@ class KeptRounds:
 
     Attributes:
         all: what is kept.
-        made: how many have been made.
+        made: how many have been made, those included that were made anew since weights had moved.
     """
 
     def __init__(self, lm: LanguageModel, compiled: bool | Tuning | None, most: int) -> None:
@@ -65,6 +65,9 @@ class KeptRounds:
         if fitting:
             found = min(fitting, key=lambda k: k.need.slots)
             self.all.remove(found)
+            if found.rounds.renew():
+                found.times = None
+                self.made += 1
         else:
             del self.all[: max(0, len(self.all) - self.most + 1)]
             found = Kept(need, self._make(need))

@@ -6,15 +6,21 @@ running on for a round changes nothing. Fixed are the number of rows, the slots 
 prompts of any lengths are then served without capturing again. What a round computes is in `round_verify.py` and `round_accept.py`. It is
 captured for each of several lengths over the same state, and the host may choose another before every round.
 
+A graph reads weights where they stood when it was captured. Values that change there are followed; where weights now stand elsewhere, are
+of another type, or belong to other modules, everything is captured anew before the next text (`Rounds.renew`). Threads that share rounds
+wait for each other.
+
 On the CPU a "graph" is a plain call: that is how this file is tested.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from offramp.core.errors import InvalidInput
 from offramp.core.modes import evaluating
@@ -26,6 +32,7 @@ from offramp.engines.text.round_parts import Round
 from offramp.engines.text.round_verify import VerifyRound
 from offramp.engines.text.rows import Rows
 from offramp.engines.text.sampling import Noise, Sampling
+from offramp.engines.text.turns import Turn
 from offramp.engines.text.watch import Board, Watch
 from offramp.engines.text.written import Generation, Streamer
 from offramp.language import LanguageModel
@@ -34,6 +41,10 @@ from offramp.policies.draft_stop import DraftStop
 
 Captured = Plain | Verify | Accept
 """Ways of decoding that rounds know; of `Accept` those that `can_capture` says."""
+
+
+_BUILT = ("_stood", "_graphs", "model", "device", "recorder", "state", "round", "mail", "board")
+"""Attributes of `Rounds` that belong to one place in memory: a copy makes its own."""
 
 
 def can_capture(lm: LanguageModel, way: Way) -> bool:
@@ -48,8 +59,35 @@ def length_of(way: Captured) -> int:
     return way.draft_length if isinstance(way, Verify) else 0
 
 
+def _standing(*modules: nn.Module) -> Iterator[object]:
+    """What graphs of some modules depend on but for values: which modules there are, their hooks, where their weights are and of what type.
+
+    Buffers that are not saved are left out: some models write them anew in every pass.
+    """
+    waiting: list[nn.Module | None] = list(modules)
+    while waiting:
+        module = waiting.pop()
+        if module is None:
+            continue
+        yield weakref.ref(module)  # equal while the module lives, and never to one that took its address
+        yield (*module._forward_pre_hooks, *module._forward_hooks)  # numbers that are not given twice
+        unsaved = module._non_persistent_buffers_set
+        buffers = (b for name, b in module._buffers.items() if name not in unsaved)
+        for tensor in (*module._parameters.values(), *buffers):
+            if tensor is not None:
+                yield _place(tensor), tensor.dtype, tensor.shape
+        waiting += module._modules.values()
+
+
+def _place(tensor: Any) -> object:
+    """Where a tensor's values are; of one that consists of others, such as a quantised one, where those of each are."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        return tuple(_place(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+    return tensor.data_ptr()
+
+
 class Rounds:
-    """A captured decoder for ``rows`` texts at a time.
+    """A captured decoder for ``rows`` texts at a time. Threads wait for each other, and a copy is captured by itself.
 
     Args:
         lm: from `attach_lm`.
@@ -109,22 +147,53 @@ class Rounds:
             )
         if lengths[-1] > longest:
             raise InvalidInput(f"Rounds of {way} have lengths from 0 to {longest}; got {list(lengths)}. Give less, or another way.")
-        self.lm, self.model, self.lengths, self.draft_length, self.slots = lm, lm.decoder, lengths, lengths[-1], slots
+        self.lm, self.way, self.lengths, self.draft_length, self.slots = lm, way, lengths, lengths[-1], slots
         self.sampling = sampling if sampling is not None else Sampling()
         if self.sampling.repetition_penalty != 1.0:
             raise InvalidInput("Captured rounds know no repetition_penalty; use offramp.engines.text.generate for it.")
-        self.device = self.model.device
         self.ends = [] if eos_token_id is None else [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
-        self.recorder = Recorder(self.device, self.device.type == "cuda" if compiled is None else compiled)
+        self._rows, self._compiled, self._turn = rows, compiled, Turn("A captured decoder")
+        self._build()
+
+    def _build(self) -> None:
+        """Take memory for the rows on the device where the model is now. Nothing is captured yet."""
+        for name in _BUILT:  # what stood before goes first: there may be no memory for both
+            self.__dict__.pop(name, None)
+        self._stood: list[object] | None = None  # until all is built
+        self._graphs: dict[tuple[int, bool], Graph] = {}
+        self.model, self.device = self.lm.decoder, self.lm.decoder.device
+        self.model.check_unchanged()
+        self.recorder = Recorder(self.device, self.device.type == "cuda" if self._compiled is None else self._compiled)
         if self.recorder.tuning.joined_projections:
             self.model = self.model.joined()
+        used, longest, given = exits(self.lm, self.way), length_of(self.way), [[0]] * self._rows
         with torch.inference_mode():
-            self.state = Rows(lm, [[0]] * rows, slots - 1, self.sampling, [0] * rows, self.ends, used, longest)
+            self.state = Rows(self.lm, given, self.slots - 1, self.sampling, [0] * self._rows, self.ends, used, longest)
             self.state.prefill()  # takes the memory of every cache, which a compiler would else see taken, and compile once more without
-            self.round = self._made(way)
+            self.round = self._made(self.way)
             self.mail = Mailbox(self.round.count.numel(), self.device)
             self.board = Board(self.state.tokens, self.state.length)
-        self._graphs: dict[tuple[int, bool], Graph] = {}
+        self._stood = list(_standing(self.lm.model, self.lm))
+
+    def renew(self) -> bool:
+        """Begin anew if weights stand elsewhere than before, or are others. `generate` does it by itself. Returns whether it was needed."""
+        with self._turn:
+            return self._renew()
+
+    def _renew(self) -> bool:
+        if self._stood == list(_standing(self.lm.model, self.lm)):
+            return False
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # a round may be in flight where the last text ended in an error
+        self._build()
+        return True
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in _BUILT}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._build()
 
     def _made(self, way: Captured) -> Round:
         if isinstance(way, Accept):
@@ -146,6 +215,10 @@ class Rounds:
             length: which of the lengths; the longest by default.
             watched: whether the host is sent the tokens too.
         """
+        with self._turn:
+            return self._graph(length, watched)
+
+    def _graph(self, length: int | None, watched: bool) -> Graph:
         key = (self.draft_length if length is None else length, watched)
         if key[0] not in self.lengths:
             raise InvalidInput(f"Rounds were made for the draft lengths {self.lengths}, not for {key[0]}.")
@@ -178,19 +251,21 @@ class Rounds:
             streamer: is told of the tokens of the only row, a round late.
 
         Raises:
-            InvalidInput: more texts, or longer, than this was made for; several texts and a streamer.
+            InvalidInput: more texts, or longer, than this was made for; several texts and a streamer; called from within itself, by a
+                streamer or ``stops``; the model was changed after exits were attached to it.
         """
         longest = max((len(p) for p in prompts), default=0)
-        if not 0 < len(prompts) <= self.state.count or longest + max_new_tokens > self.slots:
+        if not 0 < len(prompts) <= self._rows or longest + max_new_tokens > self.slots:
             raise InvalidInput(
-                f"This was made for up to {self.state.count} texts of {self.slots} tokens; got {len(prompts)}, the longest of {longest} "
+                f"This was made for up to {self._rows} texts of {self.slots} tokens; got {len(prompts)}, the longest of {longest} "
                 f"tokens and {max_new_tokens} to come."
             )
         watch = Watch(prompts, stops, streamer) if stops is not None or streamer is not None else None
-        with torch.inference_mode(), evaluating(self.lm.model, self.lm):
+        with self._turn, torch.inference_mode(), evaluating(self.lm.model, self.lm):
+            self._renew()
             chooser = choice.start() if choice is not None else None
             used = chooser.lengths if chooser is not None else (self.draft_length,)
-            graphs = {k: self.graph(k, watch is not None) for k in used}
+            graphs = {k: self._graph(k, watch is not None) for k in used}
             state = self._load(prompts, max_new_tokens, list(seeds) if seeds is not None else list(range(len(prompts))))
             first = state.choose(state.prefill())
             state.append(first[:, None], state.alive.long(), torch.full_like(first[:, None], len(self.model)))

@@ -40,6 +40,9 @@ class Rows:
         spare: tokens that may be tried beyond the last.
         stops: told the tokens of a row so far, says whether the newest is its last.
         streamer: is told of the tokens of the only row.
+
+    Raises:
+        InvalidInput: an argument is out of range, or the model was changed after exits were attached to it; says which.
     """
 
     def __init__(
@@ -59,6 +62,8 @@ class Rows:
             raise InvalidInput("Every prompt needs at least one token; give a begin-of-text token for an empty one.")
         if max_new_tokens < 1 or len(seeds) != len(prompts):
             raise InvalidInput(f"max_new_tokens must be >= 1 and seeds one per prompt; got {max_new_tokens} and {len(seeds)} seeds.")
+        lm.decoder.check_unchanged()  # here, as every way of writing begins with rows
+        lm.check_heads()
         self.lm, self.model, self.sampling = lm, lm.decoder, sampling
         device = self.model.device
         lengths = [len(p) for p in prompts]
@@ -78,7 +83,11 @@ class Rows:
         for row, prompt in enumerate(prompts):
             given = torch.as_tensor(prompt, dtype=torch.int64)
             if given.min() < 0 or given.max() >= self.model.vocabulary:
-                raise InvalidInput(f"Prompt {row} has token ids outside 0 to {self.model.vocabulary - 1}.")
+                wrong = next(t for t in given.tolist() if not 0 <= t < self.model.vocabulary)
+                raise InvalidInput(
+                    f"Prompt {row} has the token id {wrong}; ids of this model are 0 to {self.model.vocabulary - 1}. Is the tokenizer the "
+                    "model's own?"
+                )
             self.tokens[row, : len(prompt)] = given
         self.start = torch.tensor(lengths, device=device)
         self.length = self.start.clone()

@@ -67,6 +67,8 @@ class Generation:
         audit: every look that was judged so, to set thresholds by.
         learned: a threshold that adapts, after this run: what was given, having seen the audit. Give it to the next run.
         deep_passes: passes over the blocks behind the last exit used; of plain and scheduled decoding, all steps.
+        row_passes: rows times the deep passes over them; ``None`` where all rows were written together, which is `deep_passes` times
+            the rows.
         blocks_run: blocks times tokens that ran after the prompts, catching up and rejected drafts included; 0 where it is not counted
             (captured rounds).
         blocks_projected: blocks times tokens of which only keys and values were made.
@@ -85,6 +87,7 @@ class Generation:
     audit: Audit = field(default_factory=_no_audit)
     learned: Adapting | None = None
     deep_passes: int = 0
+    row_passes: int | None = None
     blocks_run: int = 0
     blocks_projected: int = 0
     blocks_plain: int = 0
@@ -107,7 +110,8 @@ class Generation:
     @property
     def tokens_per_pass(self) -> float:
         """New tokens for each deep pass of a row."""
-        return sum(map(len, self.tokens)) / max(1, self.deep_passes * len(self.tokens))
+        passes = self.row_passes if self.row_passes is not None else self.deep_passes * len(self.tokens)
+        return sum(map(len, self.tokens)) / max(1, passes)
 
     @property
     def mean_depth(self) -> float:
