@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import operator
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from offramp.backbones.added import OwnBlock, whole
 from offramp.backbones.decoder import Decoder, Step, decoder
 from offramp.backbones.kv import KVCache
 from offramp.core.bundle import check_base, fingerprint, load_bundle, save_bundle
-from offramp.core.errors import ArtifactError, InvalidInput
+from offramp.core.errors import ArtifactError, FingerprintMismatch, InvalidInput
 from offramp.core.parts import part_from_dict, part_to_dict
 from offramp.core.system import System
 from offramp.exits.cached import Adapter, Block
@@ -24,6 +26,12 @@ LM_PARTS: dict[str, type] = {c.__name__: c for c in (Shared, OwnNorm, OwnOutput,
 """Heads of language models by name: what a saved file may name."""
 
 _STEM, _KIND = "lm", "lm exits"
+_LOW = (torch.bfloat16, torch.float16)
+"""Precisions in which a model may be served whose exits were trained in a higher one."""
+_WRITES = (
+    "A LanguageModel is a model and its exits, and writes nothing by itself: offramp.compile(lm, offramp.Verify(4)).generate(prompts, ...) "
+    "does. lm.model is the model as it was given, with its own call and generate; lm.teach gives an exit's logits for whole texts."
+)
 
 
 class LanguageModel(nn.Module):
@@ -42,6 +50,26 @@ class LanguageModel(nn.Module):
         self.exits = tuple(exits)
         self.heads = nn.ModuleList(heads)
         self.specs = tuple(specs)
+
+    def __repr__(self) -> str:
+        model = self.decoder
+        heads = self.specs if len(self.specs) == len(self.exits) else [type(h).__name__ for h in self.heads]
+        read = ", ".join(f"{h} after {e}" for e, h in zip(self.exits, heads, strict=True)) or "none"
+        kind = str(model.dtype).removeprefix("torch.")
+        return f"LanguageModel({type(self.model).__name__} of {len(model)} blocks, {kind} on {model.device}; exits: {read})"
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "generate":
+            raise AttributeError(_WRITES)
+        return super().__getattr__(name)
+
+    def forward(self, *given: Any, **named: Any) -> Any:
+        """There is no one answer of a model with exits.
+
+        Raises:
+            InvalidInput: always; says what is called instead.
+        """
+        raise InvalidInput(_WRITES)
 
     @property
     def decoder(self) -> Decoder:
@@ -86,12 +114,31 @@ class LanguageModel(nn.Module):
         """Logits ``[B, T, V]`` of an exit for whole texts in one pass, from the states ``[B, T, W]``; gradients flow."""
         return self.draft(hidden, exit_index, whole(self.decoder, hidden) if self.heads[exit_index].cached else None)
 
+    def check_heads(self) -> None:
+        """Refuse exits that cannot read the model's states. Within autocast, which converts, all can.
+
+        Raises:
+            InvalidInput: their weights have another precision than the model's, or are on another device.
+        """
+        model = self.decoder
+        if torch.is_autocast_enabled(model.device.type):
+            return
+        for exit_index, head in enumerate(self.heads):
+            for weight in head.parameters():
+                if weight.is_floating_point() and (weight.dtype, weight.device) != (model.dtype, model.device):
+                    raise InvalidInput(
+                        f"Exit {exit_index} is {weight.dtype} on {weight.device}, the model {model.dtype} on {model.device}. What moves or "
+                        "converts the model leaves its exits where they are: lm.to(lm.decoder.device, lm.decoder.dtype) takes them along."
+                    )
+
     def base_fingerprint(self) -> str:
         """Of the user's model: what the heads were trained on."""
         return fingerprint(self.model)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write ``lm.json`` and ``lm.safetensors``: the added weights alone, and the fingerprint of the model they were trained on.
+
+        With it go those of its weights rounded to bfloat16 and to float16, so that the model may be served in these.
 
         A model that was trained along with its exits is another one than before; save it too, with its own ``save_pretrained``.
 
@@ -106,6 +153,8 @@ class LanguageModel(nn.Module):
         content = {
             "base": type(self.model).__qualname__,
             "fingerprint": self.base_fingerprint(),
+            "dtype": _precision(self.model),
+            "rounded": {_name(d): digest for d, digest in _rounded(self.model, _LOW).items()},
             "exits": [{"after": e, "head": part_to_dict(s)} for e, s in zip(self.exits, self.specs, strict=True)],
         }
         save_bundle(folder, _STEM, _KIND, content, self.heads.state_dict())
@@ -132,13 +181,26 @@ def attach_lm(
         InvalidInput: an exit is out of range, a head is not one, or neither exits nor a system of language models were given.
     """
     if system is not None and system.card.engine != "generate":
-        raise InvalidInput(f"{system.card.name} is a method of the {system.card.engine} engine; offramp.attach takes it, with an example.")
+        raise InvalidInput(
+            f"{system.card.name} is a method of the {system.card.engine} engine and has no exits for a language model, whose methods are "
+            "of the generate engine."
+        )
+    if any(p.is_meta for p in model.parameters()):
+        raise InvalidInput(
+            f"Weights of this {type(model).__name__} are on the meta device: they have shapes and no values. Load them first, for instance "
+            "with from_pretrained and without offloading."
+        )
     if exits is None and system is None:
         raise InvalidInput("Say where the exits go: exits=[4], after how many blocks, or a system that knows.")
     found = decoder(model)
     blocks = len(found)
+    if blocks < 2 and (exits is not None or (system is not None and system.placement is not None)):
+        raise InvalidInput(
+            f"This {type(model).__name__} has {blocks} block. An exit stands between blocks, so it takes a model of two or more."
+        )
     if exits is None:
         exits = _placed(system, blocks)
+        _check_depth(system, len(exits), blocks)
     else:
         exits = _depths(exits, blocks)
     if head is None and system is not None:
@@ -205,15 +267,31 @@ def _placed(system: System | None, blocks: int) -> list[int]:
     return sorted(int(path) for path in chosen)
 
 
+def _check_depth(system: System | None, exits: int, blocks: int) -> None:
+    """Refuse a system that was composed for a model of another depth than the one it was put on."""
+    if system is None:
+        return
+    name = system.card.name
+    again = f'Compose it for this model: offramp.systems.build("{name}", blocks={blocks}).'
+    schedule = getattr(system.fill, "schedule", None)
+    if schedule is not None and schedule.blocks != blocks:
+        raise InvalidInput(f"{name} was composed for a model of {schedule.blocks} blocks; this one has {blocks}. {again}")
+    if system.draft is not None and not system.draft.exit_index < exits:
+        raise InvalidInput(
+            f"{name} drafts after {system.draft.exit_index + 1} blocks, for which this model of {blocks} blocks has no exit. {again}"
+        )
+
+
 def load_lm(model: nn.Module, folder: str | os.PathLike[str]) -> LanguageModel:
     """Put saved exits on the model they were trained on.
 
     Args:
-        model: with the weights it had when the exits were saved.
+        model: with the weights it had when the exits were saved, or exactly those rounded to bfloat16 or float16, in whatever precision
+            holds them. The exits get the model's precision.
         folder: what `LanguageModel.save` wrote.
 
     Raises:
-        FingerprintMismatch: the model has other weights.
+        FingerprintMismatch: the model has other weights; says so where it is their precision alone.
         ArtifactError: a file is missing, truncated, altered or foreign.
         UnsupportedModel: the model cannot be decoded block by block.
     """
@@ -224,10 +302,67 @@ def load_lm(model: nn.Module, folder: str | os.PathLike[str]) -> LanguageModel:
         expected = str(content["fingerprint"])
     except (KeyError, TypeError, ValueError) as error:
         raise ArtifactError(f"The exits in {folder} lack or garble a field: {error}.") from error
-    check_base(model, content.get("base"), expected, folder)
+    _check_weights(model, content, expected, folder)
     made = attach_lm(model, exits, specs) if exits else _attached(decoder(model), (), ())
     try:
         made.heads.load_state_dict(tensors)
     except RuntimeError as error:
         raise ArtifactError(f"The weights in {folder} do not fit their heads: {error}.") from error
     return made
+
+
+# ---- precision -----------------------------------------------------------------------------------------------------------
+
+
+def _check_weights(model: nn.Module, content: Mapping[str, Any], expected: str, folder: str | os.PathLike[str]) -> None:
+    """Refuse a model whose weights are not those that exits were trained on, nor exactly those rounded to a lower precision."""
+    if fingerprint(model) == expected:
+        return
+    known, now, trained = content.get("rounded"), _precision(model), content.get("dtype")
+    if known is None and now != "float32":  # saved before roundings were kept
+        raise FingerprintMismatch(
+            f"The exits in {folder} were trained on a {content.get('base')} with other weights, or with these in another precision than "
+            f"{now}, which their file does not tell apart. If it is the precision: load the model in the one they were trained in, then "
+            f"the exits, and convert both: model.to(torch.{now}) and lm.to(torch.{now}). lm.save then keeps what tells them apart."
+        )
+    if not isinstance(known, Mapping | None):
+        raise ArtifactError(f"The exits in {folder} garble a field: 'rounded' is a {type(known).__name__}.")
+    for dtype, digest in _rounded(model, [d for d in _LOW if _name(d) in (known or {})]).items():
+        if known is None or digest != known[_name(dtype)]:
+            continue
+        if _holds(model, dtype):
+            return
+        if trained == _name(dtype):
+            raise FingerprintMismatch(
+                f"The exits in {folder} were trained on these weights rounded to {trained}; here they are in {now} and say other things. "
+                f"Load the model with dtype=torch.{trained}, or attach and fit new exits."
+            )
+    check_base(model, content.get("base"), expected, folder)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _precision(model: nn.Module) -> str:
+    """Name of the precision of all weights that are no whole numbers, or ``mixed``."""
+    found = {t.dtype for t in model.state_dict().values() if t.is_floating_point()}
+    return _name(found.pop()) if len(found) == 1 else "mixed"
+
+
+def _rounded(model: nn.Module, dtypes: Sequence[torch.dtype]) -> dict[torch.dtype, str]:
+    """For each precision, SHA-256 over the class, and the names, shapes and values of the weights and buffers when rounded to it."""
+    digests = {d: hashlib.sha256(type(model).__qualname__.encode()) for d in dtypes}
+    for name, tensor in sorted(model.state_dict().items()):
+        flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+        for dtype, digest in digests.items():
+            low = flat.to(dtype) if flat.is_floating_point() else flat
+            digest.update(f"{name}|{tuple(tensor.shape)}|{low.dtype}".encode())
+            digest.update(memoryview(low.view(torch.uint8).numpy()))
+    return {dtype: digest.hexdigest() for dtype, digest in digests.items()}
+
+
+def _holds(model: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether rounding the weights to a precision changes none of them."""
+    floating = (t for t in model.state_dict().values() if t.is_floating_point())
+    return all(torch.equal(t, t.to(dtype).to(t.dtype)) for t in floating)

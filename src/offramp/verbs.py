@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from offramp import policies, systems
+from offramp.backbones.transformers import tokenizer_beside
 from offramp.budget import CostMethod, DriftLimit, MeanCost, Procedure, Quality, Target
 from offramp.budget import calibrate as calibrate_trace
 from offramp.budget.agreement import AcceptPlan
@@ -114,6 +115,14 @@ def _attach_language(
     kept: Sequence[int] | int | None = None,
     tokenizer: Any = None,
 ) -> LanguageModel:
+    if system is not None and system.card.engine != "generate":
+        methods = [n for n in systems.list_systems() if systems.load_card(n).engine == "generate"]
+        cut = " If the model is to be cut into segments and to answer batches, give at=... and example=... too."
+        raise InvalidInput(
+            f"{system.card.name} is a method of the {system.card.engine} engine, and this {type(model).__name__} is a language model, "
+            f"whose methods are {', '.join(methods)}: attach(model, system=offramp.systems.build({methods[-1]!r}))."
+            f"{cut if system.card.engine == 'classify' else ''}"
+        )
     if exits is None and system is None:
         exits = [max(1, int(model.config.num_hidden_layers) // 8)]  # type: ignore[union-attr, arg-type]
     if isinstance(exits, int):
@@ -131,37 +140,53 @@ def _fit_language(
     block: int = 512,
     batch_size: int = 8,
     eval_data: Any = None,
+    epochs: int = 1,
     **training: Any,
 ) -> FitResult:
     def loader(given: Any, shuffle: bool) -> Any:
-        blocks = _blocks(given, tokenizer, block)
+        blocks = _blocks(given, tokenizer, block, net.model)
         return given if blocks is None else text_loader(blocks, batch_size, shuffle=shuffle)
 
     if eval_data is not None:
         if "eval_loader" in training:
             raise InvalidInput("Give eval_data or eval_loader, one of them.")
         training["eval_loader"] = loader(eval_data, False)
-    return train_fit(net, loader(data, True), recipe, **training)
+    return train_fit(net, loader(data, True), recipe, epochs=epochs, **training)
 
 
-def _blocks(data: Any, tokenizer: Any, block: int) -> Tensor | None:
+def _blocks(data: Any, tokenizer: Any, block: int, model: nn.Module) -> Tensor | None:
     """Blocks of tokens ``[N, T]`` of texts in any form, or ``None`` for what is a loader already."""
     if hasattr(data, "__array__"):  # of numpy, or a tensor; text_loader says what is wrong with its numbers
         try:
             return torch.as_tensor(data)
         except (TypeError, ValueError) as error:
             raise InvalidInput(f"A {type(data).__name__} is no blocks of tokens [blocks, tokens] of whole numbers: {error}.") from error
-    if isinstance(data, str) and not Path(data).is_dir():
-        raise InvalidInput(
-            f"A string is the name of a folder of texts, and there is none at {data[:80]!r}. Give one text as a list: [text]."
-        )
     if isinstance(data, str | os.PathLike):
-        return packed(data, tokenizer, block)
+        return _text_blocks(data, tokenizer or tokenizer_beside(model), block)
     if isinstance(data, Sequence) and len(data):
         first = data[0]
-        if isinstance(first, str) or (isinstance(first, Sequence) and len(first) and isinstance(first[0], int)):
+        if isinstance(first, str):
+            return packed(data, tokenizer or tokenizer_beside(model), block)
+        if isinstance(first, Sequence) and len(first) and isinstance(first[0], int):
             return packed(data, tokenizer, block)
     return None
+
+
+def _text_blocks(data: str | os.PathLike[str], tokenizer: Any, block: int) -> Tensor:
+    """Blocks of a folder of texts, of a file, or of a string that is the name of neither and so is a text itself."""
+    if os.path.isdir(data):
+        return packed(data, tokenizer, block)
+    if os.path.isfile(data):
+        try:
+            return packed([Path(data).read_text(encoding="utf-8")], tokenizer, block)
+        except UnicodeDecodeError as error:
+            raise InvalidInput(f"{os.fspath(data)} is no text in UTF-8: {error}.") from error
+    if not isinstance(data, str) or len(data.split()) < 2:
+        raise InvalidInput(f"There is no file or folder of texts at {os.fspath(data)[:80]!r}, and one word is no text to learn from.")
+    try:
+        return packed([data], tokenizer, block)
+    except InvalidInput as error:
+        raise InvalidInput(f"{error} The string was taken for a text, as there is no file or folder at {data[:80]!r}.") from error
 
 
 def _record_language(net: LanguageModel, loader: Any = None, **options: Any) -> Any:
@@ -177,6 +202,7 @@ def _compile_language(net: LanguageModel, plan: Way | SpeculationPlan | AcceptPl
             "A Plan of calibrate() is for networks that are cut into segments. A language model takes Plain(), Verify(...), Accept(...), "
             "what a planner chose, or None with texts=... to plan here."
         )
+    net.check_heads()
     return text_generator(net, systems.way(plan) if isinstance(plan, System) else plan, **options)
 
 
@@ -318,6 +344,8 @@ def _call(kind: Kind, verb: str, /, *arguments: Any, **options: Any) -> Any:
         where = f" {'They belong' if len(wrong) > 1 else 'It belongs'} to {' or '.join(others)}." if others else ""
         takes = ", ".join(p.name for p in _parameters(kind, verb) if not _needed(p)) or "no options"
         raise InvalidInput(f"{verb} of {kind.words} takes no {', '.join(wrong)}.{where} It takes {takes}.")
+    if missing := [p.name for p in _parameters(kind, verb) if _awaited(p) and p.name not in options]:
+        raise InvalidInput(f"{verb} of {kind.words} needs {' and '.join(missing)}; give {', '.join(f'{name}=...' for name in missing)}")
     return function(*arguments, **options)
 
 
@@ -332,11 +360,18 @@ def _needed(parameter: inspect.Parameter) -> bool:
     return parameter.kind is parameter.POSITIONAL_OR_KEYWORD and parameter.default is parameter.empty
 
 
+def _awaited(parameter: inspect.Parameter) -> bool:
+    """Whether it must be given by name."""
+    return parameter.kind is parameter.KEYWORD_ONLY and parameter.default is parameter.empty
+
+
 def _parameters(kind: Kind, verb: str) -> list[inspect.Parameter]:
     """What a verb takes behind the network or the model: its own function, then the options of the one that it passes others on to."""
     own = [*inspect.signature(kind.verbs[verb]).parameters.values()][1:]
     if verb in kind.passed:
-        own += [p for p in inspect.signature(kind.passed[verb]).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        known = {p.name for p in own}
+        passed = inspect.signature(kind.passed[verb]).parameters.values()
+        own += [p for p in passed if p.kind is p.KEYWORD_ONLY and p.name not in known]
     return [p for p in own if p.kind is not p.VAR_KEYWORD]
 
 
@@ -407,9 +442,19 @@ def attach(model: Any, at: Any = None, **options: Any) -> Any:
         >>> offramp.attach(model, at=["1"], example=torch.randn(2, 8)).at
         ('1',)
     """
+    if isinstance(model, LanguageModel):
+        raise InvalidInput(
+            "This model has its exits already: attach was called on it before. Other exits go on the model itself, lm.model."
+        )
     given = {**options, "at": at} if at is not None else options
     kind = next((k for k in KINDS if k.recognises(model, given)), None)
     if kind is None:
+        if isinstance(model, str | os.PathLike):
+            name = os.fspath(model)
+            raise InvalidInput(
+                f"attach takes a torch.nn.Module; got {type(model).__name__} {name!r}. Load what it names first: a language model with "
+                f"transformers.AutoModelForCausalLM.from_pretrained({name!r}), a pipeline with diffusers.DiffusionPipeline.from_pretrained."
+            )
         raise InvalidInput(
             f"attach takes a torch.nn.Module; got {type(model).__name__}. A pipeline is recognised by its scheduler and its transformer or "
             "unet."
@@ -429,11 +474,13 @@ def fit(net: Any, data: Any, recipe: Recipe | None = None, **options: Any) -> Fi
 
     Args:
         net: from `attach` or `load`.
-        data: a loader. For a language model also: strings or lists of token ids, the name of a folder of texts or of a saved data set, or
-            blocks of tokens ``[N, T]``, a tensor or an array of whole numbers.
+        data: a loader. For a language model also: one text, a list of texts or of lists of token ids, the name of a file or a folder of
+            texts or of a saved data set (a string that names none of these is a text), or blocks of tokens ``[N, T]``, a tensor or an array
+            of whole numbers.
         recipe: how; by default that of the network's system, else `Joint`; for a language model, its exits alone learn what the model says.
-        options: ``epochs`` (needed), ``output_dir``, ``optimizer``, ``mixed_precision``, ... For a language model also ``tokenizer`` for
-            texts that are strings, ``block`` (tokens of a block, 512), ``batch_size`` (8) and ``eval_data`` (in any form of ``data``).
+        options: ``epochs`` (needed; 1 for a language model), ``output_dir``, ``optimizer``, ``mixed_precision``, ... For a language model
+            also ``tokenizer`` for texts that are strings (by default the one saved on this machine where the model was loaded from),
+            ``block`` (tokens of a block, 512), ``batch_size`` (8) and ``eval_data`` (in any form of ``data``).
 
     Returns:
         Metrics and where training ended. The weights are in ``net``.
@@ -493,6 +540,12 @@ def calibrate(trace: Any, *arguments: Any, **options: Any) -> Any:
         return _call(_kind_of(trace, "calibrate"), "calibrate", trace, *arguments, **options)
     if isinstance(trace, Trace):
         return calibrate_trace(trace, *arguments, **options)
+    if isinstance(trace, LanguageModel):
+        raise InvalidInput(
+            "A language model's exits are not calibrated from a trace. When tokens may leave is promised by "
+            "offramp.budget.agreement.certify_agreement, which gives an AcceptPlan; drafts that are verified change no text and are "
+            "planned by compile(lm, texts=...)."
+        )
     raise InvalidInput(f"calibrate takes a trace that record() gave, or a DiffusionModel that attach() gave; got {type(trace).__name__}.")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from offramp.core.bundle import load_bundle, save_bundle
 from offramp.core.errors import ArtifactError, FingerprintMismatch, InvalidInput
 from offramp.exits.cached import Adapter, Block
 from offramp.exits.lm import OwnNorm, OwnOutput, Shared, Trimmed
@@ -59,6 +61,75 @@ def test_another_model_is_refused(model, tmp_path):
         model.lm_head.weight[0, 0] += 1
     with pytest.raises(FingerprintMismatch, match="Load the weights the exits were trained on"):
         load_lm(model, tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_same_weights_in_a_lower_precision_pass(model, tmp_path, dtype):
+    lm = made(model)
+    lm.save(tmp_path)
+    low = copy.deepcopy(model).to(dtype)
+    back = load_lm(low, tmp_path)
+    assert {p.dtype for p in back.heads.parameters()} == {dtype}, "heads have the model's precision"
+    for mine, theirs in zip(back.heads.parameters(), lm.heads.parameters(), strict=True):
+        assert torch.equal(mine, theirs.to(dtype))
+    back.check_heads()
+    assert load_lm(low.float(), tmp_path).exits == lm.exits, "the rounded weights, held in float32"
+    with torch.no_grad():
+        low.to(dtype).lm_head.weight[0, 0] *= 1.01
+    with pytest.raises(FingerprintMismatch, match="Load the weights the exits were trained on"):
+        load_lm(low, tmp_path)
+
+
+def test_weights_that_only_round_alike_are_other_weights(model, tmp_path):
+    made(model).save(tmp_path / "high")
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        weight = other.lm_head.weight[0, 0].clone()
+        near = torch.nextafter(weight, torch.zeros(()))
+        near = near if near.bfloat16() == weight.bfloat16() else torch.nextafter(weight, 2 * weight)
+        other.lm_head.weight[0, 0] = near
+    assert near != weight and near.bfloat16() == weight.bfloat16()
+    with pytest.raises(FingerprintMismatch, match="Load the weights the exits were trained on"):
+        load_lm(other, tmp_path / "high")
+    # Exits of the rounded model are for the rounded weights, whatever holds them, and not for those they were rounded from.
+    low = copy.deepcopy(model).bfloat16()
+    made(low).save(tmp_path / "low")
+    assert load_lm(low.float(), tmp_path / "low").heads[1].norm.weight.dtype == torch.float32
+    with pytest.raises(FingerprintMismatch, match=r"these weights rounded to bfloat16.*dtype=torch\.bfloat16"):
+        load_lm(model, tmp_path / "low")
+
+
+def test_files_that_know_no_roundings_say_that_it_may_be_the_precision(model, tmp_path):
+    lm = made(model)
+    lm.save(tmp_path)
+    content, tensors = load_bundle(tmp_path, "lm", "lm exits")
+    old = {k: v for k, v in content.items() if k not in ("rounded", "dtype")}
+    save_bundle(tmp_path, "lm", "lm exits", old, tensors)
+    assert load_lm(model, tmp_path).exits == lm.exits
+    with pytest.raises(FingerprintMismatch, match=r"or with these in another precision than bfloat16.*model\.to\(torch\.bfloat16\)"):
+        load_lm(copy.deepcopy(model).bfloat16(), tmp_path)
+    save_bundle(tmp_path, "lm", "lm exits", {**content, "rounded": 3}, tensors)
+    with pytest.raises(ArtifactError, match="'rounded' is a int"):
+        load_lm(copy.deepcopy(model).bfloat16(), tmp_path)
+
+
+def test_what_a_language_model_is_and_what_it_is_not(model):
+    lm = attach_lm(model, [2, 3], [Shared(), OwnNorm()])
+    assert repr(lm) == "LanguageModel(LlamaForCausalLM of 6 blocks, float32 on cpu; exits: Shared() after 2, OwnNorm() after 3)"
+    assert "exits: _Shared after 2" in repr(LanguageModel(lm.decoder, (2,), [lm.heads[0]])) and not hasattr(lm, "generate")
+    with pytest.raises(InvalidInput, match=r"offramp\.compile\(lm, offramp\.Verify\(4\)\)\.generate"):
+        lm(torch.tensor([[1, 2]]))
+    with pytest.raises(AttributeError, match=r"offramp\.compile\(lm, offramp\.Verify\(4\)\)\.generate"):
+        lm.generate([[1, 2]])
+
+
+def test_models_that_no_exit_fits_are_refused(model):
+    with pytest.raises(InvalidInput, match="on the meta device"):
+        attach_lm(copy.deepcopy(model).to("meta"), [2])
+    config = copy.deepcopy(model.config)
+    config.num_hidden_layers = 1
+    with pytest.raises(InvalidInput, match=r"has 1 block\. An exit stands between blocks"):
+        attach_lm(LlamaForCausalLM(config).eval(), [1])
 
 
 def test_damaged_and_foreign_files_are_refused(model, tmp_path):

@@ -105,6 +105,27 @@ def test_options_of_the_other_kind_are_named(model, plain):
             offramp.attach("llama", **options)
 
 
+def test_what_attach_refuses_of_a_language_model(model):
+    with pytest.raises(InvalidInput, match=r"got str 'llama'.*from_pretrained\('llama'\)"):
+        offramp.attach("llama")
+    with pytest.raises(
+        InvalidInput, match=r"branchynet is a method of the classify engine.*whose methods are calm,.*at=\.\.\. and example="
+    ):
+        offramp.attach(model, system=offramp.systems.build("branchynet"))
+    with pytest.raises(InvalidInput, match=r"has its exits already.*lm\.model"):
+        offramp.attach(offramp.attach(model, exits=[1]), exits=[2])
+
+
+@pytest.mark.parametrize("name", ["layerskip", "skipdecode"])
+def test_a_method_composed_for_another_depth_is_refused_when_attached(model, name):
+    with pytest.raises(InvalidInput, match=rf'build\("{name}", blocks=4\)'):
+        offramp.attach(model, system=offramp.systems.build(name))
+    fitting = offramp.systems.build(name, blocks=4)
+    given = prompts((5, 3))
+    lm = offramp.attach(model, system=fitting)
+    assert len(offramp.compile(lm, fitting).generate(given, max_new_tokens=4).tokens[1]) == 4
+
+
 # ---- fit ---------------------------------------------------------------------------------------------------------------------
 
 TEXTS = ["w1 w2 w3 w4 w5 w6 w7", "w9 w8 w7 w6 w5 w4", "w3 w3 w3"]
@@ -136,6 +157,35 @@ def test_texts_in_any_form_train_alike(model, tmp_path):
     assert torch.equal(lm.heads[0].norm.weight, expected)
 
 
+def test_one_text_of_any_length_as_a_string_or_a_file(model, tmp_path):
+    """A string that is the name of nothing is a text, however long: longer than names of files may be, too."""
+    text = " ".join(f"w{k % 90}" for k in range(400))
+    expected = trained(model, [text], tokenizer=word_tokenizer(), block=20)
+    assert torch.equal(trained(model, text, tokenizer=word_tokenizer(), block=20), expected)
+    (tmp_path / "one.txt").write_text(text)
+    for file in (tmp_path / "one.txt", str(tmp_path / "one.txt")):
+        assert torch.equal(trained(model, file, tokenizer=word_tokenizer(), block=20), expected)
+
+
+def test_a_model_from_a_folder_brings_its_tokenizer_and_is_fitted_for_one_epoch(model, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    text = "w1 w2 w3 w4 w5 w6 w7 w8 " * 10
+    lm = offramp.attach(loaded, exits=[2], head="norm")
+    with pytest.raises(InvalidInput, match=r"no tokenizer was given"):
+        offramp.fit(lm, text, recipe=Frozen(), block=8, progress=False)
+    word_tokenizer().save_pretrained(tmp_path)
+    for given in (text, [text]):
+        assert offramp.fit(lm, given, recipe=Frozen(), block=8, progress=False).epochs == 1
+
+
+def test_what_must_be_given_is_named(net):
+    with pytest.raises(InvalidInput, match=r"fit of a network cut into segments needs epochs; give epochs=\.\.\."):
+        offramp.fit(net, [])
+
+
 def test_tokens_in_any_width_train_alike(model):
     """Files of tokens hold 16 bits, tokenizers give 32 or 64."""
     blocks = packed(TEXTS, word_tokenizer(), 6)
@@ -158,8 +208,16 @@ def test_evaluation_data_too(model):
 
 def test_what_fit_refuses(model, net, tmp_path):
     lm = offramp.attach(model, exits=[1])
-    with pytest.raises(InvalidInput, match=r"Give one text as a list: \[text\]"):
+    with pytest.raises(InvalidInput, match=r"no tokenizer was given.*taken for a text.*no file or folder at 'once upon"):
         offramp.fit(lm, "once upon a time", **STEP)
+    for missing in ("data/texts", tmp_path / "nothing"):
+        with pytest.raises(InvalidInput, match=r"no file or folder of texts at"):
+            offramp.fit(lm, missing, **STEP)
+    (tmp_path / "not_utf8").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InvalidInput, match=r"no text in UTF-8"):
+        offramp.fit(lm, tmp_path / "not_utf8", tokenizer=word_tokenizer(), **STEP)
+    with pytest.raises(InvalidInput, match=r"fewer than one block of 512.*taken for a text"):
+        offramp.fit(lm, "w1 w2", tokenizer=word_tokenizer(), **STEP)
     with pytest.raises(InvalidInput, match=r"whole numbers \[blocks, tokens\]"):
         offramp.fit(lm, torch.randn(2, 4), **STEP)
     with pytest.raises(InvalidInput, match=r"ndarray is no blocks of tokens"):
@@ -237,6 +295,23 @@ def test_a_plan_of_the_other_kind_is_refused(model, net):
         offramp.record(lm, [])
     with pytest.raises(InvalidInput, match=r"what attach or load made"):
         offramp.compile(model, offramp.Plain())
+
+
+def test_calibrating_a_language_model_points_to_what_promises(model):
+    with pytest.raises(InvalidInput, match=r"certify_agreement"):
+        offramp.calibrate(offramp.attach(model, exits=[2]))
+
+
+def test_a_model_converted_behind_its_exits_is_refused(model):
+    lm = offramp.attach(model, exits=[2], head="norm")
+    run = offramp.compile(lm, offramp.Verify(2))
+    model.bfloat16()
+    with pytest.raises(InvalidInput, match=r"Exit 0 is torch.float32"):
+        run.generate(prompts((5,)), max_new_tokens=3)
+    with pytest.raises(InvalidInput, match=r"Exit 0 is torch.float32 on cpu, the model torch.bfloat16 on cpu.*lm\.to\("):
+        offramp.compile(lm, offramp.Verify(2))
+    lm.to(lm.decoder.device, lm.decoder.dtype)
+    assert offramp.compile(lm, offramp.Verify(2))(prompts((5,)), max_new_tokens=3).tokens == run(prompts((5,)), max_new_tokens=3).tokens
 
 
 def test_what_may_be_given_is_listed_by_the_names_that_a_user_gives(model, net, tmp_path):

@@ -398,3 +398,14 @@ def register_attention(name: str, function: Callable[..., Any]) -> None:
     except ImportError as error:
         raise MissingExtra("transformers", "hf", "Decoding a language model") from error
     AttentionInterface.register(name, function)
+
+
+def tokenizer_beside(model: nn.Module) -> Any:
+    """The tokenizer saved where a model of transformers was loaded from, as far as that is on this machine; else ``None``."""
+    where = getattr(model, "name_or_path", "")
+    if not where:
+        return None
+    try:
+        return _library().AutoTokenizer.from_pretrained(where, local_files_only=True)
+    except (OSError, ValueError, KeyError):  # there is none, or it is not on this machine: who needs one asks for it
+        return None

@@ -36,6 +36,13 @@ app = typer.Typer(
     "The usual order is fit, record, calibrate, evaluate, bench, report, all with the same --out folder. "
     "`offramp COMMAND --help` has an example of each. Every flag can come from a TOML file: `--config run.toml`.",
 )
+LANGUAGE = (
+    "a language model answers with a row for every token, and the commands from fit to report are for models that answer each item with "
+    'one. Its exits are trained in Python: lm = offramp.attach(model, exits=[4]); offramp.fit(lm, "folder/of/texts", tokenizer=tokenizer); '
+    "lm.save(folder). `offramp generate --heads FOLDER` then writes with them. See docs/language-models.md. For classes, take "
+    "hf:PATH:AutoModelForSequenceClassification."
+)
+"""Why a language model is none for the commands of `WORK`."""
 WORK, OTHER, METHODS = "Work, in this order", "Models", "Published methods"
 
 
@@ -51,6 +58,8 @@ def device_of(run: RunFlags) -> torch.device:
 
 def open_model(model: ModelFlags, items: DataFlags, width: int | None = None, labels_needed: bool = True) -> tuple[models.Loaded, Records]:
     """The model, and the items prepared for it."""
+    if model.model.startswith("hf:") and model.model.endswith(("ForCausalLM", "LMHeadModel")):
+        raise InvalidInput(f"{model.model}: {LANGUAGE}")
     plain = items.read(None, labels_needed=labels_needed)
     scheme = model.model.partition(":")[0]
     classes = model.num_classes or width or (len(plain.classes) if scheme in ("timm", "python") and plain.classes else None)
@@ -61,6 +70,9 @@ def open_model(model: ModelFlags, items: DataFlags, width: int | None = None, la
         weights=model.weights,
         pretrained=model.pretrained,
     )
+    ending = getattr(loaded.model, "get_output_embeddings", None)
+    if callable(ending) and ending() is not None:
+        raise InvalidInput(f"{type(loaded.model).__name__}: {LANGUAGE}")
     records = items.read(loaded, labels_needed=labels_needed)
     _check_fit(loaded, records)
     return loaded, records

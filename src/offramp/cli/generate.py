@@ -14,7 +14,7 @@ from rich.text import Text
 
 from offramp.cli.base import OTHER, app, device_of, percent, table
 from offramp.cli.options import RunFlags, command, console
-from offramp.cli.records import optional
+from offramp.cli.records import optional, reason
 from offramp.core.bundle import write_json
 from offramp.core.errors import InvalidInput
 from offramp.engines.text.generator import text_generator
@@ -101,6 +101,11 @@ class HowFlags:
         if self.mode == "verify":
             stop = FixedLength() if self.stop_below is None else BelowProbability(self.stop_below)
             return Verify(self.draft_length, stop, exit_index=exit_index)
+        if self.mode == "audit":
+            raise InvalidInput(
+                "--mode audit is no mode of its own: accept audits. With --mode accept --show it says of how many tokens that left early "
+                "the model would have chosen otherwise (with --fill catch-up or recompute)."
+            )
         raise InvalidInput(f"--mode is one of {', '.join(MODES)}, got {self.mode!r}.")
 
 
@@ -150,11 +155,20 @@ def open_language_model(path: str, dtype: str, device: str | None) -> tuple[Any,
     transformers = optional("transformers", "hf", "Generating text")
     kind: Any = dtype if dtype == "auto" else getattr(torch, dtype)
     try:
+        transformers.AutoConfig.from_pretrained(path)  # is there a model at all?
+    except (OSError, ValueError, KeyError) as error:
+        raise InvalidInput(f"No causal language model could be loaded from {path}: {reason(error)}") from error
+    try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise InvalidInput(
+            f"{path} holds a language model and no tokenizer that can be loaded: {reason(error)} Save the model's tokenizer beside it: "
+            "tokenizer.save_pretrained(folder)."
+        ) from error
+    try:
         model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=kind)
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise InvalidInput(f"No causal language model with a tokenizer could be loaded from {path}: {reason}") from error
+        raise InvalidInput(f"No causal language model could be loaded from {path}: {reason(error)}") from error
     return model.to(where).eval(), tokenizer
 
 

@@ -26,6 +26,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from offramp.cli.data import Images, optional
+from offramp.cli.records import reason
 from offramp.core.errors import InvalidInput
 
 
@@ -120,7 +121,7 @@ def _hf(rest: str, kind: str | None, num_classes: int | None, pretrained: bool) 
     except InvalidInput:
         raise
     except (OSError, ValueError, KeyError) as error:
-        raise InvalidInput(f"transformers cannot load {path}: {str(error).splitlines()[0]}") from error
+        raise InvalidInput(f"transformers cannot load {path}: {reason(error)}") from error
     if kind == "text" or getattr(config, "vocab_size", None) is not None:
         return Loaded(model, tokenizer=path)
     return Loaded(model, images=_preprocessor(Path(path), config))

@@ -27,6 +27,13 @@ def optional(module: str, extra: str, purpose: str) -> Any:
         raise MissingExtra(module.partition(".")[0], extra, purpose) from error
 
 
+def reason(error: Exception) -> str:
+    """What another library's error says: its first line, and all others where that announces them with a colon."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    said = " ".join(lines) if lines[0].endswith(":") else lines[0]
+    return said if said.endswith((".", "!", "?")) else f"{said}."
+
+
 @dataclass(frozen=True)
 class Images:
     """How images become tensors ``[C, H, W]``.

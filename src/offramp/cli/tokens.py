@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from offramp.cli.records import Texts, optional
+from offramp.cli.records import Texts, optional, reason
 from offramp.core.errors import InvalidInput
 
 
@@ -31,7 +31,7 @@ def tokenizer(spec: str, max_length: int = 128) -> Texts:
     try:
         loaded = transformers.AutoTokenizer.from_pretrained(spec)
     except (OSError, ValueError, KeyError) as error:
-        raise InvalidInput(f"No tokenizer could be loaded from {spec}: {str(error).splitlines()[0]}") from error
+        raise InvalidInput(f"No tokenizer could be loaded from {spec}: {reason(error)}") from error
     pad = loaded.pad_token_id if loaded.pad_token_id is not None else 0
 
     def tokenize(items: Sequence[Any]) -> Mapping[str, Sequence[Sequence[int]]]:

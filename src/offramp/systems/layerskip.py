@@ -55,18 +55,19 @@ CARD = Card(
 
 
 def layerskip(
-    blocks: int = 32, exit_after: int = 8, draft_length: int = 6, dropout: float = 0.1, scale: float = 0.2, rotate: int = 8
+    blocks: int = 32, exit_after: int | None = None, draft_length: int = 6, dropout: float = 0.1, scale: float = 0.2, rotate: int = 8
 ) -> System:
     """Compose LayerSkip.
 
     Args:
         blocks: of the model, at least 2; the paper's Llama 2 7B has 32.
-        exit_after: blocks that draft, from 1 to ``blocks`` - 1; the release uses 8 of 32.
+        exit_after: blocks that draft, from 1 to ``blocks`` - 1; a quarter of them by default, as the release uses 8 of 32.
         draft_length: drafts in a round, at least 1; the release 6.
         dropout: chance that the last block is skipped in training, in [0, 1]; paper 0.1 to 0.2.
         scale: weight of the early exits' losses, >= 0; paper 0.1 to 1.
         rotate: every so many-th exit takes part in a step, at least 1; paper 8 of 32 for the 7 B model.
     """
+    exit_after = max(1, blocks // 4) if exit_after is None else exit_after
     if not 0 < exit_after < blocks:
         raise InvalidInput(f"exit_after must be from 1 to blocks - 1, got {exit_after} of {blocks}.")
     return System(

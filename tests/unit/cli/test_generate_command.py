@@ -14,6 +14,7 @@ from click.testing import Result
 
 from language_models import build, byte_tokenizer, own_greedy, word_tokenizer
 from offramp.cli.generate import EXIT_STYLE, FULL_STYLE, PROMPT_STYLE, coloured, pieces
+from offramp.cli.records import reason
 from offramp.engines.text.generator import TextGenerator, text_generator
 from offramp.language import attach_lm
 
@@ -166,6 +167,7 @@ def test_trained_exits(write: Call, folder: Path, tmp_path: Path) -> None:
     ("words", "message"),
     [
         (["--mode", "guess"], "--mode is one of plain, accept, verify"),
+        (["--mode", "audit"], "accept audits"),
         (["--mode", "accept", "--fill", "guess"], "--fill is one of catch-up, recompute, copy"),
         (["--dtype", "float8"], "--dtype is one of"),
         (["--mode", "verify", "--exit", 4], "from 1 to 3"),
@@ -182,6 +184,33 @@ def test_bad_input(write: Call, words: list[object], message: str) -> None:
 def test_no_model(offramp: Call, tmp_path: Path) -> None:
     result = offramp("generate", "--model", tmp_path, "--prompt", "w1")
     assert result.exit_code == 2 and "No causal language model" in result.output
+
+
+def test_no_tokenizer(offramp: Call, model: Any, tmp_path: Path) -> None:
+    """Where the library's reason is a list behind a colon, it is said whole."""
+    model.save_pretrained(tmp_path)
+    result = offramp("generate", "--model", tmp_path, "--prompt", "w1", "--device", "cpu")
+    said = " ".join(result.output.split())
+    assert result.exit_code == 2 and "holds a language model and no tokenizer" in said and "tokenizer.save_pretrained(folder)" in said, said
+    assert not re.search(r": Save the model's", said), said
+
+
+def test_reasons_of_other_libraries() -> None:
+    assert reason(ValueError("No file at x\nmuch more")) == "No file at x."
+    assert reason(ValueError("One of: \n(1) this, \n(2) that.\n")) == "One of: (1) this, (2) that."
+    assert reason(KeyError()) == "KeyError."
+
+
+@pytest.mark.parametrize("spec", ["hf:{}:AutoModelForCausalLM", "python:{}/net.py:make"])
+def test_fitting_says_where_language_models_are_trained(offramp: Call, folder: Path, tmp_path: Path, spec: str) -> None:
+    (tmp_path / "net.py").write_text(
+        f"from transformers import AutoModelForCausalLM\n\ndef make():\n    return AutoModelForCausalLM.from_pretrained({str(folder)!r})\n"
+    )
+    (tmp_path / "texts.tsv").write_text("text\tlabel\nw1 w2\tgood\nw3 w4\tbad\n")
+    given = spec.format(folder if spec.startswith("hf") else tmp_path)
+    result = offramp("fit", "--model", given, "--data", tmp_path / "texts.tsv", "--tokenizer", folder, "--out", tmp_path / "run")
+    said = " ".join(result.output.split())
+    assert result.exit_code == 2 and "offramp.fit(lm" in said and "docs/language-models.md" in said, said
 
 
 class TestPieces:

@@ -12,6 +12,7 @@ import numbers
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -87,6 +88,9 @@ _OTHERS: dict[str, Any] = {
     "disable_compile": None,
     "prefill_chunk_size": None,
 }
+_HINTS = {
+    "num_return_sequences": "give each prompt as often as it is to be continued, prompts=[prompt] * n: rows draw with seeds of their own"
+}
 _KNOWN = (
     "input_ids",
     "attention_mask",
@@ -102,6 +106,8 @@ _KNOWN = (
     "seed",
     *_DEFAULTS,
 )
+_SETTINGS = ("max_new_tokens", "max_length", "eos_token_id", "pad_token_id", "stop_strings", *_DEFAULTS)
+"""Settings that a generation configuration may have and that are followed here."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +142,11 @@ class Settings:
             longest: tokens of the longest prompt.
             most: tokens that the model's positions allow; bounds only what nobody asked for.
         """
+        if most is not None and longest > most:
+            raise InvalidInput(
+                f"The longest prompt has {longest} tokens, more than the {most} positions that the model has. Shorten the prompt: what is "
+                "to be added comes behind it."
+            )
         if self.max_new_tokens is not None:
             return self.max_new_tokens
         if self.max_length is None:
@@ -155,11 +166,12 @@ def settings(model: Any, given: Mapping[str, Any], others: Mapping[str, Any], co
         model: has a ``generation_config``, or none.
         given: arguments that are known here; ``None`` = not given.
         others: arguments that are not.
-        config: a generation configuration that goes before the model's.
+        config: a generation configuration that goes before the model's: one of transformers, or its settings as a mapping.
 
     Raises:
-        InvalidInput: an argument is unknown, or known to transformers only, or out of range.
+        InvalidInput: an argument is unknown, or known to transformers only, or out of range, or the configuration is none.
     """
+    config = _configuration(config)
     sources = [c for c in (config, getattr(model, "generation_config", None)) if c is not None]
     _refuse(others, sources)
 
@@ -167,10 +179,7 @@ def settings(model: Any, given: Mapping[str, Any], others: Mapping[str, Any], co
         found = [given.get(name), *(getattr(c, name, None) for c in sources)]
         return next((value for value in found if value is not None), default)
 
-    for name, least in _LEAST.items():
-        value = given.get(name)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, numbers.Integral) or int(value) < least):
-            raise InvalidInput(f"{name} must be a whole number, at least {least}, got {value!r}.")
+    _in_range(given)
     pad, stops = find("pad_token_id"), find("stop_strings", ())
     total = given.get("max_length")  # goes before a number of new tokens that is a default
     return Settings(
@@ -181,6 +190,38 @@ def settings(model: Any, given: Mapping[str, Any], others: Mapping[str, Any], co
         given.get("max_new_tokens") if total is not None else find("max_new_tokens"),
         find("max_length"),
     )
+
+
+def _configuration(config: Any) -> Any:
+    """A generation configuration as an object with settings as attributes.
+
+    Raises:
+        InvalidInput: it is none, or a mapping with a setting that is not known.
+    """
+    if config is None:
+        return None
+    if isinstance(config, Mapping):
+        wrong = [k for k in config if not isinstance(k, str)]
+        if wrong:
+            raise InvalidInput(f"generation_config has a setting {wrong[0]!r}; settings have names.")
+        # A whole configuration written as a mapping also says where it is from, and has settings that are not set.
+        told = {k: v for k, v in config.items() if v is not None and not k.startswith("_") and k != "transformers_version"}
+        _refuse({k: v for k, v in told.items() if k not in _SETTINGS}, [])
+        _in_range(told)
+        return SimpleNamespace(**told)
+    if isinstance(config, type) or not any(hasattr(config, name) for name in _SETTINGS):
+        raise InvalidInput(
+            "generation_config is a GenerationConfig of transformers or a mapping of its settings, such as {'max_new_tokens': 50}; got "
+            f"{_short(config)}."
+        )
+    return config
+
+
+def _in_range(given: Mapping[str, Any]) -> None:
+    for name, least in _LEAST.items():
+        value = given.get(name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, numbers.Integral) or int(value) < least):
+            raise InvalidInput(f"{name} must be a whole number, at least {least}, got {value!r}.")
 
 
 def one_stop(stop_strings: Any, stop: Any) -> Any:
@@ -195,15 +236,20 @@ def one_stop(stop_strings: Any, stop: Any) -> Any:
 
 
 def seeds_of(seed: Any, rows: int) -> list[int]:
-    """A seed for each of so many rows, of one that is counted up from or one for each.
+    """A seed for each of so many rows, of one that is counted up from or one for each; of none, drawn from PyTorch's own generator.
 
     Raises:
         InvalidInput: neither, or too large for a generator.
     """
+    if seed is None:  # as transformers draws: another text at every call, the same again after torch.manual_seed
+        return torch.randint(2**62, (rows,)).tolist()
     single = isinstance(seed, int) and not isinstance(seed, bool)
     found = list(range(seed, seed + rows)) if single else list(seed) if isinstance(seed, Sequence) else []
     if len(found) != rows or not all(isinstance(s, int) and -(2**63) <= s < 2**63 for s in found):
-        raise InvalidInput(f"seed must be a whole number of 64 bits, or one for each of the {rows} prompts; got {seed!r}.")
+        raise InvalidInput(
+            f"seed must be a whole number of 64 bits, one for each of the {rows} prompts, or None to draw other texts at every call; got "
+            f"{seed!r}."
+        )
     return found
 
 
@@ -231,7 +277,7 @@ def _refuse(others: Mapping[str, Any], sources: Sequence[Any]) -> None:
             hint = f" Did you mean {' or '.join(close)}?" if close else f" Known are {', '.join(_KNOWN)}."
             raise InvalidInput(f"generate has no argument {name!r}.{hint}")
         if not _neutral(value, known[name]):
-            hint = _DRAFTS if name in _DRAFTING else "the model's own generate has it"
+            hint = _DRAFTS if name in _DRAFTING else _HINTS.get(name, "the model's own generate has it")
             raise InvalidInput(f"{name}={_short(value)} is known to transformers and not supported by generate of offramp; {hint}.")
     for source in sources:
         for name, nothing in _CHANGE_THE_TEXT.items():

@@ -48,7 +48,7 @@ def generate(
     stop: str | Sequence[str] | None = None,
     streamer: Streamer | None = None,
     generation_config: Any = None,
-    seed: int | Sequence[int] = 0,
+    seed: int | Sequence[int] | None = 0,
     **others: Any,
 ) -> Generation:
     """Continue texts. Names and defaults are those of transformers' ``generate``.
@@ -76,8 +76,9 @@ def generate(
         stop_strings: texts that end a row as soon as a token completes one.
         stop: another name of ``stop_strings``.
         streamer: told of the prompt and of new tokens as they are written, a few at a time when drafts are kept; one prompt only.
-        generation_config: settings that go before the model's.
-        seed: of the randomness; one number (each row then has its own, counted up from it) or one a row.
+        generation_config: settings that go before the model's: a configuration of transformers, or a mapping.
+        seed: of the randomness; one number (each row then has its own, counted up from it) or one a row. The same seed writes the same text
+            again; ``None`` draws others at every call, from PyTorch's own generator, which ``torch.manual_seed`` sets.
         others: arguments of transformers that are not supported here are refused, unless they change nothing.
 
     Raises:

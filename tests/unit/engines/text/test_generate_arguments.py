@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from language_models import WORDS, build, byte_tokenizer, left_padded, own_greedy, prompts, shared, word_tokenizer
+from language_models import POSITIONS, WORDS, build, byte_tokenizer, left_padded, own_greedy, prompts, shared, word_tokenizer
 from offramp.core.errors import InvalidInput
 from offramp.engines.text.arguments import StopStrings, token_ids
 from offramp.engines.text.generate import generate
@@ -97,7 +98,9 @@ class TestPrompts:
             ({"prompts": ["w1", [3]]}, "all texts or all lists"),
             ({"prompts": 5}, "must be texts, lists of token ids or a tensor"),
             ({"prompts": []}, "must be texts, lists of token ids or a tensor"),
-            ({"prompts": [[1]], "seed": None}, "seed must be a whole number"),
+            ({"prompts": [[1]], "seed": "a"}, "or None to draw other texts at every call"),
+            ({"prompts": [[1], [4, 999, 1]]}, "Prompt 1 has the token id 999; ids of this model are 0 to 96"),
+            ({"prompts": [[-2]]}, "Prompt 0 has the token id -2"),
             ({"prompts": [[1]], "seed": 0.5}, "seed must be a whole number"),
             ({"prompts": [[1]], "seed": [1, 2]}, "one for each of the 1 prompts"),
             ({"prompts": [[1]], "seed": 2**63}, "64 bits"),
@@ -193,7 +196,6 @@ class TestRefusals:
         ("name", "value"),
         [
             ("num_beams", 4),
-            ("num_return_sequences", 2),
             ("min_p", 0.1),
             ("no_repeat_ngram_size", 3),
             ("bad_words_ids", [[3]]),
@@ -213,6 +215,10 @@ class TestRefusals:
     def test_drafts_have_a_mode(self, lm: LanguageModel, name: str) -> None:
         with pytest.raises(InvalidInput, match=rf"{name}=3 .* offramp\.compile\(lm, Verify\(\.\.\.\)\)"):
             generate(lm, [[1]], **{name: 3})
+
+    def test_more_texts_of_a_prompt_are_more_rows(self, lm: LanguageModel) -> None:
+        with pytest.raises(InvalidInput, match=r"num_return_sequences=2 .* prompts=\[prompt\] \* n"):
+            generate(lm, [[1]], num_return_sequences=2)
 
     def test_that_changes_nothing_is_fine(self, lm: LanguageModel) -> None:
         neutral: dict[str, Any] = {"num_beams": 1, "use_cache": True, "min_p": None, "bad_words_ids": [], "logits_processor": []}
@@ -334,3 +340,52 @@ class TestStreamer:
         told = Told()
         found = generate(attach_lm(model, [2]), prompts((4,)), Verify(5), max_new_tokens=9, streamer=told, eos_token_id=free[4])
         assert told.tokens[4:] == found.tokens[0] == free[: free.index(free[4]) + 1]
+
+
+class TestConfigurations:
+    def test_a_mapping_is_read_as_a_configuration_is(self, lm: LanguageModel) -> None:
+        from transformers import GenerationConfig
+
+        asked = {"max_new_tokens": 4, "do_sample": True, "temperature": 3.0, "top_k": 0}
+        expected = generate(lm, [[5, 6]], generation_config=GenerationConfig(**asked))
+        assert [len(t) for t in expected.tokens] == [4]
+        whole = GenerationConfig(**asked).to_dict()
+        for found in (asked, whole, MappingProxyType(asked), SimpleNamespace(**asked)):
+            assert generate(lm, [[5, 6]], generation_config=found).tokens == expected.tokens
+        assert len(generate(lm, [[5, 6]], generation_config=asked, max_new_tokens=2).tokens[0]) == 2
+
+    @pytest.mark.parametrize(
+        ("config", "message"),
+        [
+            ("nonsense", "GenerationConfig of transformers or a mapping of its settings"),
+            (4, "or a mapping of its settings"),
+            ([("max_new_tokens", 4)], "or a mapping of its settings"),
+            (SimpleNamespace, "or a mapping of its settings"),
+            ({"max_new_token": 4}, "no argument 'max_new_token'. Did you mean max_new_tokens"),
+            ({"num_beams": 4}, "num_beams=4 is known to transformers"),
+            ({"max_new_tokens": 0}, "max_new_tokens must be a whole number, at least 1"),
+            ({3: 4}, "has a setting 3; settings have names"),
+        ],
+    )
+    def test_what_is_none_is_refused(self, lm: LanguageModel, config: Any, message: str) -> None:
+        with pytest.raises(InvalidInput, match=message):
+            generate(lm, [[5, 6]], generation_config=config)
+
+
+def test_without_a_seed_every_call_draws_anew_and_follows_the_global_seed(lm: LanguageModel) -> None:
+    def written() -> list[list[int]]:
+        return generate(lm, [[5, 6], [5, 6]], do_sample=True, top_k=0, temperature=5.0, max_new_tokens=12, seed=None).tokens
+
+    torch.manual_seed(3)
+    first, second = written(), written()
+    assert first != second and first[0] != first[1]
+    torch.manual_seed(3)
+    assert written() == first
+
+
+def test_a_prompt_that_fills_all_positions_is_said_to_be_too_long() -> None:
+    lm = attach_lm(shared("gpt2"), [2])
+    for asked in ({}, {"max_new_tokens": 5}):
+        with pytest.raises(InvalidInput, match=rf"longest prompt has {POSITIONS + 2} tokens, more than the {POSITIONS} positions.*Shorten"):
+            generate(lm, [[5] * (POSITIONS + 2)], **asked)
+    assert len(generate(lm, [[5] * POSITIONS]).tokens[0]) == 1
