@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import replace
 from typing import Any
@@ -307,7 +308,8 @@ def test_plans_of_another_model_are_refused(lm, tmp_path):
     with torch.no_grad():
         changed.lm_head.weight.mul_(1.5)
     assert text_generator(lm, certified).way() == certified.way
-    for other in (attach_lm(lm.model, [1, 3]), attach_lm(lm.model, [1]), own, attach_lm(changed, [1, 2])):
+    rounded = copy.deepcopy(lm.model).bfloat16()
+    for other in (attach_lm(lm.model, [1, 3]), attach_lm(lm.model, [1]), own, attach_lm(changed, [1, 2]), attach_lm(rounded, [1, 2])):
         with pytest.raises(FingerprintMismatch, match="certify again"):
             text_generator(other, certified)
     for other in (lm, again, attach_lm(changed, [1, 2], OwnNorm())):
