@@ -25,7 +25,9 @@ from offramp.engines.diffusion.choose import BUDGETS, Chooser
 from offramp.engines.diffusion.fid_search import FidSearch
 from offramp.engines.diffusion.model import DiffusionModel
 from offramp.engines.diffusion.plan import DenoisingPlan
+from offramp.engines.diffusion.sampler import kept_levels, sampler_settings
 from offramp.engines.diffusion.samples import FromCalls, FromNoise, Samples
+from offramp.engines.diffusion.trained import trained_alone
 from offramp.measure.image_quality import relative_l2
 from offramp.policies.skips import LayerGroups
 
@@ -53,6 +55,9 @@ def calibrate_denoiser(
     progress: bool = True,
 ) -> DenoisingPlan:
     """Choose what a diffusion method skips, for a mean cost or a limit, and measure it on held-out samples.
+
+    Of a method whose denoiser was trained under a plan (`offramp.fit` of ``shallow`` or ``ee-diffusion``), that plan is kept: its cost is
+    measured, and where it is too much the error says what was trained.
 
     Samples come from ``calls`` of the pipeline, or from ``noise`` with a scheduler and the denoiser's other inputs.
 
@@ -84,17 +89,20 @@ def calibrate_denoiser(
 
     Raises:
         InvalidInput: an argument is lacking or out of range, or the method has nothing to calibrate.
-        BudgetInfeasible: no setting meets the target; carries the best that can be reached. A `Quality` is always met by the full model.
+        BudgetInfeasible: no setting meets the target, or none of those that were trained; carries the best that can be reached. A
+            `Quality` is always met by the full model.
 
     Warns:
         NoEffectWarning: the plan skips nothing.
-        OfframpWarning: an increase in FID as small as was asked for cannot be told from chance with that many images.
+        OfframpWarning: an increase in FID as small as was asked for cannot be told from chance with that many images; or a method's exits
+            are not trained.
     """
     if not isinstance(target, MeanCost | DriftLimit | Quality):
         raise InvalidInput(f"A diffusion method is calibrated for MeanCost(...), a DriftLimit(...) or a Quality(...), got {target!r}.")
-    if isinstance(net.skips, LayerGroups) and not isinstance(target, MeanCost):
+    if (isinstance(net.skips, LayerGroups) or trained_alone(net) is not None) and not isinstance(target, MeanCost):
+        what = "its groups" if isinstance(net.skips, LayerGroups) else "its depths"
         raise InvalidInput(
-            f"{net.system.card.name} runs a model that was trained for its groups, whose blocks all together are no model to stay near to. "
+            f"{net.system.card.name} runs a model that was trained for {what}, whose blocks all together are no model to stay near to. "
             "Calibrate it for MeanCost(...), and compare its images with those of a model trained for all blocks: "
             "offramp.measure.image_quality.fid_difference."
         )
@@ -120,6 +128,8 @@ def calibrate_denoiser(
     made_with: dict[str, Any] = {
         "model": net.fingerprint(),
         "sampler": type(net.scheduler).__name__,
+        "sampler_settings": sampler_settings(net.scheduler),
+        "noise_levels": kept_levels(net.net.noise),
         "steps": given.asked,
         "guidance": given.guidance,
         "dtype": str(net.net.dtype),

@@ -24,6 +24,7 @@ from offramp.engines.diffusion.model import DiffusionModel
 from offramp.engines.diffusion.region_budget import regions_for_cost
 from offramp.engines.diffusion.regions import RegionDenoiser
 from offramp.engines.diffusion.samples import Samples
+from offramp.engines.diffusion.trained import depths_in_words, trained_alone
 from offramp.policies.denoising import Chance, Point, depth_schedule
 from offramp.policies.skips import ConstantDepth, DepthSchedule, FewerSteps, LayerGroups, LearnedExits, Reuse
 from offramp.reduce.regions import Regions
@@ -142,6 +143,8 @@ class Chooser:
             return self._tokens(self.net.system.reduction, cost)
         if self.by_threshold:
             return self._threshold(cost)
+        if trained_alone(self.net) is not None and not isinstance(skips, LayerGroups):
+            return self._as_trained(cost)
         if isinstance(skips, Reuse):
             return self._cache(skips, cost)
         if isinstance(skips, DepthSchedule):
@@ -248,6 +251,23 @@ class Chooser:
             )
         return Choice(points, f"one of {skips.groups} groups of blocks at every step, by noise level, as it was built")
 
+    def _as_trained(self, cost: float) -> Choice:
+        """The plan that the denoiser was trained under: of other depths, or at other noise levels, it has learned nothing."""
+        points, name = trained_alone(self.net) or (), self.net.system.card.name
+        what = depths_in_words(points, self.net.layout.blocks)
+        if self._table is None:
+            self._table = float(self.samples.run(lambda: self.net.run(points), False).cost.mean())
+        if self._table > cost * (1 + 1e-9):
+            raise BudgetInfeasible(
+                f"This denoiser was trained by {name} for {what}, which costs {self._table:.4g} of the full model, more than {cost:g}; "
+                "other depths were not trained and would give noise. Raise the cost to that, or build the method with fewer blocks and "
+                "train it so.",
+                requested=cost,
+                best=self._table,
+                unit=UNIT,
+            )
+        return Choice(points, f"{what}, as it was trained")
+
     def _cache(self, skips: Reuse, cost: float) -> Choice:
         point = skips.points(self.net.layout)[0]
         if self._table is None:
@@ -281,6 +301,12 @@ class Chooser:
         seen = seen[seen.isfinite()].double()
         if not seen.numel():
             raise InvalidInput(f"{self.net.system.card.name} measured no score in {self.samples.asked} steps; give more steps.")
+        if isinstance(skips, LearnedExits) and float(seen.max() - seen.min()) < 1e-6:
+            warn(
+                f"All exits of {self.net.system.card.name} say the same uncertainty, {-float(seen[0]):.4g}, of every image at every step, "
+                "as new heads do: they are not trained. Call offramp.fit(fast, data) first.",
+                OfframpWarning,
+            )
         # A result that is reused for long is compared with over many steps, so that changes grow; an uncertainty is at most 1.
         low = -1.0 if isinstance(skips, LearnedExits) else 4 * float(seen.min())
         return low, 0.0, seen

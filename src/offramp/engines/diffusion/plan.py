@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from torch import nn
 
 from offramp.core.bundle import load_bundle, reading, save_bundle
 from offramp.core.certificate import Certificate, Estimate
@@ -13,8 +18,10 @@ from offramp.core.errors import FingerprintMismatch, OfframpWarning
 from offramp.core.parts import part_from_dict, part_to_dict
 from offramp.core.warn import warn
 from offramp.engines.diffusion.model import PARTS, DiffusionModel
-from offramp.policies.denoising import Point
-from offramp.policies.skips import FewerSteps
+from offramp.engines.diffusion.sampler import asked_of, differing, kept_levels, same_levels, sampler_settings
+from offramp.measure.image_report import ImageResult
+from offramp.policies.denoising import NoiseLevel, NoiseSchedule, Point
+from offramp.policies.skips import ALWAYS, FewerSteps
 from offramp.reduce.regions import PARTS as REGION_PARTS
 from offramp.reduce.regions import Regions
 
@@ -43,7 +50,8 @@ class DenoisingPlan:
         points: decision points.
         cost: mean over held-out samples, a share of the full model's FLOPs with all steps.
         certificate: what was asked for and what was realised.
-        made_with: ``model`` (fingerprint with heads), ``sampler`` (class), ``steps``, ``guidance``, ``dtype``.
+        made_with: ``model`` (fingerprint with heads), ``sampler`` (class) and ``sampler_settings``, ``noise_levels`` (some of the
+            log-SNRs that the denoiser is called at), ``steps``, ``guidance``, ``dtype``.
         share: of the steps that are asked for, in (0, 1].
         regions: which tokens are computed, of a method that computes some of them; it has no points.
         tried: of a plan for a `Quality`, what was run, dearest first; the full model is the first.
@@ -63,30 +71,124 @@ class DenoisingPlan:
         return FewerSteps(self.share).steps(steps)
 
     def __str__(self) -> str:
-        made = ", ".join(f"{k} {v if k != 'model' else str(v)[:12]}" for k, v in self.made_with.items())
+        said = ("model", "sampler", "steps", "guidance", "dtype")
+        made = ", ".join(f"{k} {v if k != 'model' else str(v)[:12]}" for k, v in self.made_with.items() if k in said)
         skips = f"{len(self.points)} points" if self.regions is None else f"{self.regions.ratio:.4g} of the tokens"
         lines = [f"DenoisingPlan: {self.system}, {skips}, mean cost {self.cost} of the full model", f"  {made}"]
         lines += [f"  cost {t.cost:6.4f}   FID {t.fid:<10.5g} {t.setting}" for t in self.tried]
         return "\n".join([*lines, str(self.certificate)])
 
+    def results(self) -> tuple[ImageResult, ...]:
+        """What was run on the way to a plan for a `Quality`, for a page or a figure: the full model first, then from dear to cheap.
+
+        Settings with an image that was not finite are left out, since they have no FID. Of a plan for another target nothing is known.
+        """
+        return tuple(
+            ImageResult("full model" if k == 0 else self.system, "" if k == 0 else t.setting, (t.fid,), t.cost)
+            for k, t in enumerate(self.tried)
+            if math.isfinite(t.fid)
+        )
+
     def check(self, net: DiffusionModel) -> None:
-        """Refuse a denoiser that the plan was not made for, and warn of another sampler.
+        """Refuse a denoiser that the plan was not made for, and warn of a sampler of another kind or with other settings.
 
         Raises:
-            FingerprintMismatch: the denoiser has other weights, heads or another dtype.
+            FingerprintMismatch: the plan is of another method; the denoiser has other weights, heads or another dtype; or it is called at
+                other noise levels than those that the plan goes by.
+
+        Warns:
+            OfframpWarning: the sampler differs from the one that cost and quality were measured with.
         """
+        if self.system != net.system.card.name:
+            raise FingerprintMismatch(
+                f"This plan is of {self.system} and the method here is {net.system.card.name}: attach the former, or calibrate the latter."
+            )
         if (found := net.fingerprint()) != self.made_with["model"]:
             raise FingerprintMismatch(
                 f"The plan was made for a denoiser with fingerprint {str(self.made_with['model'])[:12]}... ({self.made_with['dtype']}); "
                 f"this {type(net.net.model).__name__} has {found[:12]}... ({net.net.dtype}). Calibrate again."
             )
-        sampler = type(net.scheduler).__name__
-        if net.scheduler is not None and sampler != self.made_with["sampler"]:
+        if not same_levels(self.made_with.get("noise_levels", ()), kept_levels(net.net.noise)):
+            self._other_levels(net)
+        self._other_sampler(net)
+
+    @property
+    def by_noise_level(self) -> bool:
+        """Whether a point is decided by the noise level, so that the plan says nothing where the denoiser's levels are others."""
+        return any(isinstance(p.signal, NoiseSchedule) or (isinstance(p.signal, NoiseLevel) and p.threshold != ALWAYS) for p in self.points)
+
+    def _other_levels(self, net: DiffusionModel) -> None:
+        made, found = (f"{x[0]:.4g} to {x[-1]:.4g}" for x in (self.made_with["noise_levels"], kept_levels(net.net.noise)))
+        words = (
+            f"The plan was made where the denoiser's time steps stand for other noise levels: log-SNRs from {made}, here {found} (other "
+            "betas, or another noise scale)"
+        )
+        if self.by_noise_level:
+            raise FingerprintMismatch(f"{words}. The plan goes by noise level, so it does not hold here: calibrate again.")
+        warn(f"{words}: its cost and drift were measured for the former.", OfframpWarning)
+
+    def _other_sampler(self, net: DiffusionModel) -> None:
+        if net.scheduler is None:
+            return
+        name, made = type(net.scheduler).__name__, str(self.made_with["sampler"])
+        other = differing(self.made_with.get("sampler_settings", {}), sampler_settings(net.scheduler))
+        if name == made and not other:
+            return
+        which = f"{made} and runs with {name}" if name != made else f"another {made}"
+        stays = "It goes by noise level and stays valid, but its" if self.by_noise_level else "Its"
+        warn(
+            f"The plan was made with {which}{': ' if other else ''}{'; '.join(other)}. {stays} cost and drift were measured for the "
+            "former; calibrate again to know them here.",
+            OfframpWarning,
+        )
+
+    def check_call(self, steps: int | None, guidance: float | None) -> None:
+        """Warn of a call that the plan's figures were not measured for.
+
+        Steps matter to what is remembered from step to step, to plans of tokens, and where a share of them is taken, which is rounded; not
+        to schedules of depths. Guidance matters to what was promised about images.
+
+        Args:
+            steps: that are asked for; ``None`` if that is not known.
+            guidance: its scale, likewise.
+
+        Warns:
+            OfframpWarning: one of them differs from the calibration's where the plan depends on it.
+        """
+        was, scale = int(self.made_with["steps"]), float(self.made_with["guidance"])
+        found: list[str] = []
+        if steps is not None and steps != was:
+            share, there = self.steps(steps) / steps, self.steps(was) / was
+            if abs(share - there) > 0.05:
+                found.append(f"it takes {self.steps(steps)} of {steps} steps, a share of {share:.2g}, and was measured at {there:.2g}")
+            elif self.regions is not None or any(p.remembers for p in self.points):
+                found.append(f"it was measured with {was} steps and this call takes {steps}: what is reused is as old as a step is wide")
+        if guidance is not None and guidance != scale and set(self.certificate.requested) - {"mean_cost"}:
+            found.append(f"it was measured at guidance {scale:g} and this call has {guidance:g}")
+        if found:
             warn(
-                f"The plan was made with {self.made_with['sampler']} and runs with {sampler}: it goes by noise level and stays valid, but "
-                "its cost and drift were measured for the other.",
+                f"The plan of {self.system} has no figures for this call: {'; '.join(found)}. Calibrate with calls like this one to "
+                "know its cost and drift.",
                 OfframpWarning,
             )
+
+    def watch(self, view: Any) -> Any:
+        """A pipeline that carries the plan out, so that it compares every call with the calibration (see `check_call`).
+
+        A denoiser alone is given back as it is: it is not told how many steps there will be.
+        """
+        kind = type(view)
+        signature = inspect.signature(kind.__call__)
+        if not hasattr(view, "scheduler") or isinstance(view, nn.Module):
+            return view
+
+        @functools.wraps(kind.__call__)
+        def call(this: Any, *args: Any, **kwargs: Any) -> Any:
+            self.check_call(*asked_of(signature, signature.bind(this, *args, **kwargs).arguments))
+            return kind.__call__(this, *args, **kwargs)
+
+        view.__class__ = type(kind.__name__, (kind,), {"__call__": call, "__module__": kind.__module__, "__doc__": kind.__doc__})
+        return view
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write ``denoising_plan.json`` into ``folder``, atomically."""

@@ -127,6 +127,9 @@ def test_the_certificate_is_an_estimate_and_says_what_it_rests_on(tmp_path: Path
     assert "1/N" in promised.assumptions and "held-out" in promised.assumptions and str(plan.tried[0].fid)[:5] in str(plan)
     plan.save(tmp_path)
     assert DenoisingPlan.load(tmp_path) == plan
+    whole, *settings = plan.results()
+    assert (whole.name, whole.flops, whole.mean_fid) == ("full model", 1.0, plan.tried[0].fid)
+    assert [(s.name, s.setting, s.flops, s.fid) for s in settings] == [("deepcache", t.setting, t.cost, (t.fid,)) for t in plan.tried[1:]]
 
 
 @pytest.mark.filterwarnings("ignore::offramp.core.errors.OfframpWarning")
@@ -177,6 +180,7 @@ def test_settings_whose_images_break_are_never_chosen(tmp_path: Path) -> None:
     with pytest.warns(NoEffectWarning, match="skips nothing. Raise"):
         plan = calibrate_denoiser(fast, Quality(1e6, strict, REAL, COUNT), **given(), runs=3)
     assert plan.points == () and plan.tried[-1].fid == float("inf")
+    assert [r.name for r in plan.results()] == ["full model"], "what is not finite is no result"
     plan.save(tmp_path)
     assert DenoisingPlan.load(tmp_path) == plan, "JSON has no infinity"
     with pytest.raises(InvalidInput, match="full model's images are NaN or infinite in 24 of 24"):

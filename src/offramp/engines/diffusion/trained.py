@@ -1,0 +1,74 @@
+"""What a diffusion method was trained for, kept with it: a calibration stays within that.
+
+A denoiser that was trained under a plan learned the depths of that plan at its noise levels and no others; where every exit was trained,
+every schedule of depths may follow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from offramp.core.parts import part_from_dict, part_to_dict
+from offramp.engines.diffusion.model import PARTS, DiffusionModel
+from offramp.policies.denoising import Point
+from offramp.policies.skips import ALWAYS
+
+_NAME = "trained"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What was trained.
+
+    Attributes:
+        points: the plan that the denoiser was trained under; ``None`` where every exit was trained.
+        in_place: whether the denoiser's own weights were trained, or only the exits that were added.
+    """
+
+    points: tuple[Point, ...] | None
+    in_place: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON data; `from_dict` reads it."""
+        return {"points": part_to_dict(self.points), "in_place": self.in_place}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Trained:
+        """What `to_dict` gave."""
+        return cls(part_from_dict(data["points"], PARTS), bool(data["in_place"]))
+
+
+def trained_for(net: DiffusionModel) -> Trained | None:
+    """What a method was trained for; ``None`` where that is not known, as of weights that were trained before they came here."""
+    found: Trained | None = vars(net).get(_NAME)  # other names that a method lacks are the pipeline's
+    return found
+
+
+def trained_alone(net: DiffusionModel) -> tuple[Point, ...] | None:
+    """The one plan that a denoiser was trained under; ``None`` where others may be run too."""
+    known = trained_for(net)
+    return None if known is None else known.points
+
+
+def depths_in_words(points: Sequence[Point], blocks: Sequence[str]) -> str:
+    """How many of the blocks the points of a plan leave."""
+    counts = sorted({blocks.index(p.at) + 1 for p in points if p.at in blocks})
+    always = len(points) == 1 and points[0].threshold == ALWAYS
+    return f"{', '.join(map(str, counts))} of {len(blocks)} blocks{'' if always else ' by noise level, or all'}"
+
+
+def note_trained(net: DiffusionModel, points: Sequence[Point] | None, *, in_place: bool) -> None:
+    """Keep with a method what it was trained for.
+
+    Args:
+        net: the method.
+        points: the plan that it was trained under; ``None`` where every exit was.
+        in_place: whether the denoiser's own weights were trained.
+    """
+    before = trained_for(net)
+    vars(net)[_NAME] = Trained(None if points is None else tuple(points), in_place or (before is not None and before.in_place))
+
+
+__all__ = ["Trained", "depths_in_words", "note_trained", "trained_alone", "trained_for"]
