@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from offramp.backbones import Cut, CutState, Taps, cut, repeated_blocks
+from offramp.backbones.streams import Stream, image_streams
+from offramp.backbones.taps import first_tensor
 from offramp.core.bundle import fingerprint
 from offramp.core.errors import InvalidInput
 from offramp.core.flops import count_flops
@@ -86,6 +88,8 @@ class DenoisingNet(nn.Module):
         at: the places, as module paths in the order in which they run.
         noise: from its timestep argument to log-SNR.
         heads: learned heads by place (dots replaced); each has ``uncertainty(hidden, log_snr [B]) -> [B]`` or ``output(hidden, log_snr)``.
+        streams: where the image's state at a place is, if it is not the first tensor that the module there returns: blocks of joint
+            attention carry the text's beside it.
     """
 
     def __init__(
@@ -96,6 +100,7 @@ class DenoisingNet(nn.Module):
         example: Mapping[str, Any],
         names: Mapping[str, str],
         heads: nn.ModuleDict,
+        streams: Mapping[str, Stream] | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -103,6 +108,7 @@ class DenoisingNet(nn.Module):
         self.noise = noise
         self.example = dict(example)
         self.heads = heads
+        self.streams = dict(streams or {})
         self._time, self._sample = names["timestep"], names["sample"]
         self._signature = inspect.signature(model.forward)
         self._cuts: dict[Any, Cut] = {}
@@ -168,13 +174,35 @@ class DenoisingNet(nn.Module):
 
         return self.call(**{n: tree_map(lambda leaf, n=n: place(n, leaf), v) for n, v in self.example.items()})
 
+    def predicted(self, answer: Tensor) -> int:
+        """How many of the channels ``C`` of an answer ``[B, C, H, W]`` are the prediction: they come first, as many as the noisy input has.
+
+        The others are the variance of the sampler's step, where the model has learned it (Nichol and Dhariwal 2021, section 3.1; DiT and
+        PixArt answer ``2 C_in`` channels). Of answers of another rank, such as tokens, all is the prediction.
+        """
+        sample = self.example[self._sample]
+        images = answer.ndim == sample.ndim == 4
+        return min(answer.shape[1], sample.shape[1]) if images else answer.shape[1]
+
+    def prediction(self, output: Any) -> Tensor:
+        """The prediction ``[B, C, ...]`` in what the denoiser returns, without a learned variance beside it.
+
+        Raises:
+            InvalidInput: there is no floating-point tensor.
+        """
+        found = first_tensor(output)
+        if found is None:
+            raise InvalidInput(f"The denoiser returns a {type(output).__name__} without a floating-point tensor, so it has no prediction.")
+        count = self.predicted(found)
+        return found if count == found.shape[1] else found[:, :count]
+
     def cut(self, call: Call | None = None) -> Cut:
         """The model as segments for calls of one form; by default that of the example. Made on first use."""
         call = call or self.example_call()
         if call.key not in self._cuts:
             with _CUTTING, torch.inference_mode(False):  # engines run in it, and writes in place cannot be seen there
                 inputs = tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, call.kwargs)
-                self._cuts[call.key] = cut(self.model, self.at, (), inputs, batch_size=call.rows)
+                self._cuts[call.key] = cut(self.model, self.at, (), inputs, batch_size=call.rows, streams=self.streams, ahead=True)
         return self._cuts[call.key]
 
     def boundary(self, place: Place, made: Cut | None = None) -> int:
@@ -266,7 +294,7 @@ class DenoisingNet(nn.Module):
 
     def forward_with_states(self, *args: Any, **kwargs: Any) -> tuple[Any, tuple[Tensor, ...]]:
         """The model's output in one ordinary forward, and the state at every place; gradients flow. For training heads."""
-        with Taps(self.model, self.at) as taps:
+        with Taps(self.model, self.at, streams=self.streams) as taps:
             return self.model(*args, **kwargs), taps.states
 
     def fingerprint(self) -> str:
@@ -364,7 +392,8 @@ def attach_denoiser(
     if unknown := [p for p in given if p not in paths]:
         raise InvalidInput(f"A head is given for {unknown[0]!r}, which is not one of the places {paths}.")
     kept = nn.ModuleDict({p.replace(".", "/"): h for p, h in given.items()}).to(device=probe.device, dtype=probe.dtype)
-    net = DenoisingNet(model, paths, noise, inputs, names, kept)
+    streams = image_streams(model, paths, inputs, probe.sample_name)
+    net = DenoisingNet(model, paths, noise, inputs, names, kept, streams)
     order = [s.name for s in net.cut().segments[:-1]]
     net.at = tuple(order)
     return net
@@ -395,7 +424,12 @@ def uncut_denoiser(model: nn.Module, *, noise: NoiseScale, example: Any, timeste
     time = timestep or next((n for n in _TIMES if n in parameters), None)
     if time is None or time not in parameters:
         raise InvalidInput(f"{type(model).__name__}.forward has no argument {timestep or ' or '.join(_TIMES)!r}; name it: timestep=...")
-    bound = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
+    try:
+        bound = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
+    except TypeError as error:
+        raise InvalidInput(
+            f"The example does not fit {type(model).__name__}.forward: {error}. It takes {', '.join(parameters)}."
+        ) from error
     sample = next((n for n, v in bound.items() if isinstance(v, Tensor) and n != time), None)
     if sample is None or time not in bound:
         raise InvalidInput(f"The example must hold a noisy input and the timestep {time!r}; got {sorted(bound)}.")

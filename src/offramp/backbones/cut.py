@@ -21,7 +21,7 @@ from torch.export import Dim
 from torch.utils._pytree import SUPPORTED_NODES, TreeSpec, tree_flatten, tree_map, tree_unflatten
 
 from offramp.backbones.graph import Segment, Split, gap, protect_inputs, rounding, same, split
-from offramp.backbones.taps import Taps, first_tensor, resolve
+from offramp.backbones.taps import Stream, Taps, first_tensor, resolve
 from offramp.core.errors import InvalidInput, NotCuttable, OfframpWarning
 from offramp.core.flops import counter
 from offramp.core.modes import evaluating
@@ -311,6 +311,8 @@ def cut(
     *,
     batch_size: int | None = None,
     verify: bool = True,
+    streams: Mapping[str, Stream] | None = None,
+    ahead: bool = False,
 ) -> Cut:
     """Split ``model`` after each module in ``at``.
 
@@ -323,6 +325,10 @@ def cut(
         example_kwargs: keyword inputs.
         batch_size: size of the batch in the example, if it is not dimension 0 of the first tensor.
         verify: run the example and compare states and outputs with the uncut model, also for some of its rows alone.
+        streams: where the state at a path is, if it is not the first floating-point tensor that the module there returns; such as the
+            image's beside the text's.
+        ahead: whether what runs after a place, does not depend on the state there and is read beyond the next place is computed before
+            that place, so that a skip from it need not fill it: the time embedding of a denoiser that embeds patches first.
 
     Returns:
         The cut model, its parameters shared with ``model``.
@@ -340,7 +346,7 @@ def cut(
     for path in at:
         resolve(model, path)
     with torch.no_grad(), evaluating(model):
-        return _cut(model, tuple(at), example, kwargs, batch_size, verify)
+        return _cut(model, tuple(at), example, kwargs, batch_size, verify, streams or {}, ahead)
 
 
 # Tried in order until the exporter keeps the batch dynamic: a batch size that equals a size inside the model (heads, a buffer) can
@@ -350,14 +356,21 @@ _ATTEMPTS: tuple[tuple[int, bool], ...] = ((0, False), (1, False), (0, True))  #
 
 
 def _cut(
-    model: nn.Module, at: tuple[str, ...], example: tuple[Any, ...], example_kwargs: dict[str, Any], batch_size: int | None, verify: bool
+    model: nn.Module,
+    at: tuple[str, ...],
+    example: tuple[Any, ...],
+    example_kwargs: dict[str, Any],
+    batch_size: int | None,
+    verify: bool,
+    streams: Mapping[str, Stream],
+    ahead: bool,
 ) -> Cut:
     first: NotCuttable | None = None
     for which, strict in _ATTEMPTS:
         args, kwargs, batch = _rows(example, example_kwargs, batch_size, which)
-        reference, states = _tapped(model, at, args, kwargs)
+        reference, states = _tapped(model, at, args, kwargs, streams)
         try:
-            made = _segments(_export(model, args, kwargs, batch, strict), at, states, args, kwargs, batch)
+            made = _segments(_export(model, args, kwargs, batch, strict), at, states, args, kwargs, batch, ahead)
         except NotCuttable as error:
             if error.reason not in ("export", "batch"):
                 raise
@@ -391,9 +404,9 @@ def _rows(args: tuple[Any, ...], kwargs: dict[str, Any], batch_size: int | None,
     return args, kwargs, rows
 
 
-def _tapped(model: nn.Module, at: Sequence[str], args: Any, kwargs: Any) -> tuple[Any, dict[str, Tensor]]:
+def _tapped(model: nn.Module, at: Sequence[str], args: Any, kwargs: Any, streams: Mapping[str, Stream]) -> tuple[Any, dict[str, Tensor]]:
     args, kwargs = tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, (args, kwargs))  # forward may write into its inputs
-    with Taps(model, at, copy=True) as taps:
+    with Taps(model, at, copy=True, streams=streams) as taps:
         output = model(*args, **kwargs)
         states = dict(zip(at, taps.states, strict=True))
     _register_dataclasses(output)
@@ -463,14 +476,16 @@ def _named_shapes(model: nn.Module, shapes: tuple[Any, dict[str, Any]]) -> Any:
     return bound
 
 
-def _segments(graph_module: fx.GraphModule, at: Sequence[str], states: Mapping[str, Tensor], args: Any, kwargs: Any, batch: int) -> Cut:
+def _segments(
+    graph_module: fx.GraphModule, at: Sequence[str], states: Mapping[str, Tensor], args: Any, kwargs: Any, batch: int, ahead: bool
+) -> Cut:
     info: Any = graph_module.graph._codegen.pytree_info  # type: ignore[attr-defined]  # the exporter keeps input and output structure here
     leaves = _flat(args, kwargs, info.in_spec)[0]
     nodes = [n for n in graph_module.graph.nodes if n.op == "placeholder"]
     placeholders = [
         (n.name, n.meta["val"] if isinstance(n.meta.get("val"), Tensor) else leaf) for n, leaf in zip(nodes, leaves, strict=True)
     ]
-    found = split(graph_module, at, states, leaves, batch)
+    found = split(graph_module, at, states, leaves, batch, ahead=ahead)
     spec = _spec(found, placeholders, leaves, batch)
     return Cut(found, spec, placeholders, info.in_spec, info.out_spec, batch)
 

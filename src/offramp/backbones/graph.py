@@ -58,7 +58,15 @@ class Split:
     constants: dict[int, Any]
 
 
-def split(graph_module: fx.GraphModule, at: Sequence[str], states: Mapping[str, Tensor], leaves: Sequence[Any], batch: int) -> Split:
+def split(
+    graph_module: fx.GraphModule,
+    at: Sequence[str],
+    states: Mapping[str, Tensor],
+    leaves: Sequence[Any],
+    batch: int,
+    *,
+    ahead: bool = False,
+) -> Split:
     """Split an exported graph after each module in ``at``.
 
     Args:
@@ -67,6 +75,7 @@ def split(graph_module: fx.GraphModule, at: Sequence[str], states: Mapping[str, 
         states: what each module returned for the example, to find its node by value.
         leaves: flat example inputs, one per placeholder.
         batch: rows in the example.
+        ahead: bring what does not depend on a place's state, and is read beyond the next place, before that place.
 
     Raises:
         NotCuttable: a module leaves no node, the batch is fixed or folded into another dimension, or a value is lost.
@@ -95,6 +104,8 @@ def split(graph_module: fx.GraphModule, at: Sequence[str], states: Mapping[str, 
         again.discard(node)
         if part[node] > paths.index(path):
             raise NotCuttable(f"No value in the exported graph matches the output of {path!r}.", reason="output", path=path)
+    if ahead:
+        _bring_ahead(nodes, part, [hidden[p] for p in paths], again)
     last = len(paths)
     output = nodes[-1]
     part[output] = last
@@ -145,6 +156,44 @@ def split(graph_module: fx.GraphModule, at: Sequence[str], states: Mapping[str, 
                 path=path,
             )
     return Split(tuple(segments), batch_dims, shapes, symbol, constants)
+
+
+def _bring_ahead(nodes: Sequence[fx.Node], part: dict[fx.Node, int], states: Sequence[fx.Node], again: set[fx.Node]) -> None:
+    """Move nodes that are independent of the state at a place from the segment after it into the one before, if later segments read them.
+
+    What is random or shares memory with something that is written to stays where it is.
+    """
+    known = set(nodes)
+    root = _roots(nodes)
+    written = {root.get(t, t) for n in nodes for t in _mutated(n)}
+
+    def fixed(node: fx.Node) -> bool:
+        random = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
+        return random or root[node] in written or bool(_mutated(node))
+
+    for k in range(len(states), 0, -1):
+        dependent = {states[k - 1]}
+        for node in nodes:
+            if any(s in dependent for s in node.all_input_nodes):
+                dependent.add(node)
+        for node in nodes:
+            if part[node] != k or node.op != "call_function" or node in again or node in dependent or not _is_tensor(node):
+                continue
+            if max(_uses(node, part, known, again), default=-1) <= k:
+                continue
+            moved: list[fx.Node] = []
+            stack = [node]
+            while stack:
+                source = stack.pop()
+                if part.get(source) == k and source not in moved:
+                    moved.append(source)
+                    stack += source.all_input_nodes
+            if not any(fixed(n) for n in moved):
+                for source in moved:
+                    part[source] = k - 1
+                    for user in source.users:  # a tuple never crosses a split, its elements do
+                        if user in known and user.target is operator.getitem:
+                            part[user] = k - 1
 
 
 def _name_sizes(nodes: Sequence[fx.Node], leaves: Sequence[Any], batch: int) -> Any:

@@ -6,7 +6,8 @@ Training and recording use taps and not the cut, so that DDP, FSDP, autocast and
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -41,12 +42,27 @@ def _instead(model: nn.Module, path: str) -> list[str]:
     return list(dict.fromkeys([*([parent] if parent else []), *_near(model, path)]))[:5]
 
 
+def floats(output: Any) -> list[Tensor]:
+    """The floating-point tensors in a module's output, depth first."""
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
 def first_tensor(output: Any) -> Tensor | None:
     """The first floating-point tensor in a module's output, depth first: the state that an exit reads."""
-    for leaf in tree_leaves(output):
-        if isinstance(leaf, Tensor) and leaf.is_floating_point():
-            return leaf
-    return None
+    return next(iter(floats(output)), None)
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Where a state is: one of the floating-point tensors that a module returns.
+
+    Attributes:
+        module: its path.
+        index: from 0, depth first.
+    """
+
+    module: str
+    index: int = 0
 
 
 class Taps:
@@ -61,6 +77,7 @@ class Taps:
         transform: applied to the state in place, in the forward (gradient equilibrium scales gradients here); ``None``
             leaves the forward as it is.
         copy: keep copies, so that a later in-place operation of the model does not change what was recorded.
+        streams: where the state at a path is, if it is not the first floating-point tensor that the module there returns.
 
     Raises:
         NotCuttable: a path does not exist; or, when ``states`` is read, a module was not reached, ran more than once, or its output
@@ -68,11 +85,20 @@ class Taps:
     """
 
     def __init__(
-        self, model: nn.Module, paths: Sequence[str], transform: Callable[[int, Tensor], Tensor] | None = None, *, copy: bool = False
+        self,
+        model: nn.Module,
+        paths: Sequence[str],
+        transform: Callable[[int, Tensor], Tensor] | None = None,
+        *,
+        copy: bool = False,
+        streams: Mapping[str, Stream] | None = None,
     ) -> None:
         self.model = model
         self.paths = tuple(paths)
-        self._modules = [resolve(model, p) for p in self.paths]
+        self._streams = [(streams or {}).get(p, Stream(p)) for p in self.paths]
+        for path in self.paths:
+            resolve(model, path)
+        self._modules = [resolve(model, s.module) for s in self._streams]
         self._transform = transform
         self._copy = copy
         self._versions: dict[str, int] = {}
@@ -98,7 +124,8 @@ class Taps:
 
     def _hook(self, index: int, path: str) -> Callable[..., Any]:
         def record(module: nn.Module, args: Any, output: Any) -> Any:
-            state = first_tensor(output)
+            found = floats(output)[self._streams[index].index :]
+            state = found[0] if found else None
             if state is None:
                 raise NotCuttable(
                     f"The module at {path!r} returns no floating-point tensor for an exit to read.", reason="output", path=path

@@ -45,12 +45,14 @@ class DenoisingExit:
         if not (self.output or self.uncertainty):
             raise InvalidInput("A DenoisingExit needs an output layer, an uncertainty or both; got neither.")
 
-    def build(self, hidden_shape: tuple[int, ...], output_shape: tuple[int, ...]) -> DenoisingHead:
+    def build(self, hidden_shape: tuple[int, ...], output_shape: tuple[int, ...], predicted: int | None = None) -> DenoisingHead:
         """Make the module.
 
         Args:
             hidden_shape: of the state per row: tokens ``(T, D)`` or a map ``(D, H', W')``.
             output_shape: of the model's output per row: ``(C, H, W)``, or ``(T, E)`` for a model of tokens.
+            predicted: how many of C are the prediction; by default all. The others are a learned variance, in which an exit answers 0: the
+                geometric mean of the two bounds between which it lies (Nichol and Dhariwal 2021, equation 15, as DiT's output v is scaled).
 
         Raises:
             InvalidInput: the output cannot be made of patches of the state.
@@ -59,7 +61,7 @@ class DenoisingExit:
             raise InvalidInput(
                 "DenoisingExit is an exit of a denoiser: attach_denoiser(...), then offramp.train.add_heads(net, DenoisingExit())."
             )
-        return DenoisingHead(self, tuple(hidden_shape), output_shape)
+        return DenoisingHead(self, tuple(hidden_shape), output_shape, predicted)
 
 
 class DenoisingHead(nn.Module):
@@ -69,20 +71,27 @@ class DenoisingHead(nn.Module):
         spec: what it was built from.
         hidden_shape: of the state per row.
         output_shape: of the model's output per row.
+        predicted: how many of its channels the output layer makes; the others are 0.
     """
 
-    def __init__(self, spec: DenoisingExit, hidden_shape: tuple[int, ...], output_shape: tuple[int, ...]) -> None:
+    def __init__(
+        self, spec: DenoisingExit, hidden_shape: tuple[int, ...], output_shape: tuple[int, ...], predicted: int | None = None
+    ) -> None:
         super().__init__()
         if len(hidden_shape) not in (2, 3):
             raise InvalidInput(f"A denoising exit reads tokens (T, D) or a map (D, H, W) per row; this state is {hidden_shape}.")
         self.spec, self.hidden_shape, self.output_shape = spec, hidden_shape, output_shape
+        self.predicted = output_shape[0] if predicted is None or len(output_shape) != 3 else predicted
+        if not 1 <= self.predicted <= output_shape[0]:
+            raise InvalidInput(f"predicted must be from 1 to the {output_shape[0]} channels of the output, got {predicted}.")
         width = hidden_shape[1] if len(hidden_shape) == 2 else hidden_shape[0]
         tokens = hidden_shape[0] if len(hidden_shape) == 2 else hidden_shape[1] * hidden_shape[2]
         if spec.output:
-            self.patch, made = _patch(tokens, hidden_shape, output_shape)
+            made_shape = (self.predicted, *output_shape[1:]) if len(output_shape) == 3 else output_shape
+            self.patch, made = _patch(tokens, hidden_shape, made_shape)
             self.norm = nn.LayerNorm(width)
             self.linear = nn.Linear(width, made)
-            channels = output_shape[0]
+            channels = self.predicted
             smooth = spec.convolution and len(output_shape) == 3
             self.convolution = nn.Conv2d(channels, channels, 3, padding=1) if smooth else nn.Identity()
             if smooth:  # begins as the identity, so that an exit is not hurt by an untrained convolution
@@ -106,7 +115,7 @@ class DenoisingHead(nn.Module):
         return hidden if hidden.ndim == 3 else hidden.flatten(2).transpose(1, 2)
 
     def _output(self, hidden: Tensor, log_snr: Tensor) -> Tensor:
-        """The exit's answer ``[B, C, H, W]`` at noise levels ``[B]``."""
+        """The exit's answer ``[B, C, H, W]`` at noise levels ``[B]``, 0 in channels that are no prediction."""
         tokens = self.norm(self._tokens(hidden))
         if self.spec.modulated:
             scale, shift = self.modulation(level_features(log_snr, tokens.dtype))[:, None].chunk(2, -1)
@@ -118,7 +127,7 @@ class DenoisingHead(nn.Module):
         rows, columns = height // self.patch, width // self.patch
         grid = values[:, values.shape[1] - rows * columns :].transpose(1, 2).unflatten(2, (rows, columns))  # conditioning tokens come first
         answer: Tensor = self.convolution(F.pixel_shuffle(grid, self.patch))
-        return answer
+        return answer if self.predicted == self.output_shape[0] else F.pad(answer, (0, 0, 0, 0, 0, self.output_shape[0] - self.predicted))
 
     def _uncertainty(self, hidden: Tensor, log_snr: Tensor) -> Tensor:
         """Mean over tokens of what the error is expected to be, ``[B]`` in [0, 1]."""

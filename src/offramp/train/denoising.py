@@ -9,7 +9,13 @@ the final layers of the model on an earlier state, and those are no module that 
 is exported in evaluation mode, so dropout inside the model does not take part; a view without exits runs the model itself, unless it
 is compiled with code that views share.
 
-Shapes: ``B`` rows, ``K`` exits, the model's own answer among them and last.
+A denoiser that has learned the variance of its sampler's steps too (DiT, PixArt: twice the channels) is trained on its prediction, the
+first channels, at every exit. The variance is left untrained: Nichol and Dhariwal (2021, section 3.1) teach it by the variational bound
+with the prediction held, which needs the sampler's posterior. Exits with an output layer of their own answer 0 there, the middle of its
+bounds; through the model's final layers it is what these give, which drifts when the model itself is trained. Pipelines of diffusers do
+not read it; for a sampler that does, choose a fixed variance after such training.
+
+Shapes: ``B`` rows, ``K`` exits, the model's own answer among them and last; ``C`` channels of the prediction.
 """
 
 from __future__ import annotations
@@ -47,20 +53,15 @@ def add_heads(net: DenoisingNet, spec: DenoisingExit, at: Sequence[str] | None =
         states = [made.begin(**call.kwargs)]
         for k in range(len(made.segments)):
             states.append(made.run(states[-1], k, k + 1))
-        answer = _answer(made.end(states[-1]))
+        answer = made.end(states[-1])
+        channels = net.prediction(answer).shape[1]
+        whole = first_tensor(answer)
     for place, index in zip(places, indices, strict=True):
         hidden = states[index].hidden
         if hidden is None:
             raise InvalidInput(f"There is no state at {place!r}; exits go after a module that the denoiser is cut at.")
-        head = spec.build(tuple(hidden.shape[1:]), tuple(answer.shape[1:]))
+        head = spec.build(tuple(hidden.shape[1:]), tuple(whole.shape[1:]), channels)  # type: ignore[union-attr]  # it has a prediction
         net.heads[place.replace(".", "/")] = head.to(net.device, net.dtype)
-
-
-def _answer(output: Any) -> Tensor:
-    found = first_tensor(output)
-    if found is None:
-        raise InvalidInput(f"The denoiser returns a {type(output).__name__} without a floating-point tensor, so it has no prediction.")
-    return found
 
 
 class _SharedLayers(nn.Module):
@@ -77,7 +78,7 @@ class DenoisingView(MultiExit):
     def __init__(self, net: DenoisingNet, exits: Sequence[Exit], heads: Sequence[nn.Module]) -> None:
         if any(isinstance(v, Tensor) and v.is_inference() for v in net.example.values()):
             raise InvalidInput("The denoiser was attached in inference mode, so it cannot be trained; attach it outside.")
-        super().__init__(net.model, exits, heads, Example((), dict(net.example)), _answer, None)
+        super().__init__(net.model, exits, heads, Example((), dict(net.example)), net.prediction, None)
         # In a tuple, as its modules are here already: they must not appear twice in what is saved.
         self._net = (net,)
         self._segments: dict[int, Callable[..., Any]] = {}
@@ -86,7 +87,7 @@ class DenoisingView(MultiExit):
         self._in_parts = False
         call = net.example_call()
         with torch.no_grad(), evaluating(net.model):
-            self._num_outputs = int(_answer(net.model(**call.kwargs)).shape[1])
+            self._num_outputs = int(net.prediction(net.model(**call.kwargs)).shape[1])
 
     @property
     def net(self) -> DenoisingNet:
@@ -194,8 +195,7 @@ class ExitsView(DenoisingView):
 
     def _leave(self, made: Cut, state: CutState, point: BoundPoint, level: Tensor) -> Tensor:
         if point.point.fill.reads_head:
-            answer: Tensor = point.head.output(state.hidden, level)  # type: ignore[union-attr,operator]
-            return answer
+            return self.select(point.head.output(state.hidden, level))  # type: ignore[union-attr,operator]
         state = made.skip(state, point.stop, {n: state.values[b] for n, b in point.pairs.items()})
         while state.at < len(made.segments):
             state = self._run(made, state)

@@ -36,15 +36,19 @@ class _Block(nn.Module):
 
 
 class UViT(nn.Module):
-    """Patches of 2 of an image ``[B, 3, 8, 8]`` with a class token before them; the last block reads what the first wrote."""
+    """Patches of 2 of an image ``[B, 3, 8, 8]`` with a class token before them; the last block reads what the first wrote.
 
-    def __init__(self, width: int = 16) -> None:
+    With ``channels=6`` it answers a prediction and a learned variance.
+    """
+
+    def __init__(self, width: int = 16, channels: int = 3) -> None:
         super().__init__()
+        self.channels = channels
         self.embed = nn.Linear(12, width)
         self.classes = nn.Embedding(11, width)
         self.time_embed = nn.Linear(1, width)
         self.blocks = nn.ModuleList(_Block(width, k == BLOCKS - 1) for k in range(BLOCKS))
-        self.outlet = nn.Linear(width, 12)
+        self.outlet = nn.Linear(width, 4 * channels)
 
     def forward(self, sample: Tensor, timestep: Tensor, class_labels: Tensor) -> Tensor:
         level = self.time_embed(timestep.float().view(-1, 1) / 1000).sum(1, keepdim=True)
@@ -54,7 +58,7 @@ class UViT(nn.Module):
         for k, block in enumerate(self.blocks):
             state = block(state, level, first if k == BLOCKS - 1 else None)
             first = state if first is None else first
-        out = self.outlet(state)[:, 1:].unflatten(1, (4, 4)).unflatten(3, (3, 2, 2))
+        out = self.outlet(state)[:, 1:].unflatten(1, (4, 4)).unflatten(3, (self.channels, 2, 2))
         return out.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
 
 

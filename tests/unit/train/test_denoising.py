@@ -379,6 +379,60 @@ def test_a_plan_and_a_shallow_schedule_learn_what_they_run(tmp_path: Path) -> No
     assert load_best(view, tmp_path) in [r["step"] for r in found.history if r["event"] == "eval"]
 
 
+def learned_variance() -> DenoisingNet:
+    """A U-ViT that answers a prediction of 3 channels and then a variance of 3."""
+    torch.manual_seed(0)
+    return attach_denoiser(loud(UViT(channels=6), 0.2).eval(), PLACES["uvit"], noise=FlowMatching(), example=batch(2))
+
+
+def test_exits_of_a_learned_variance_answer_the_prediction_and_the_middle_of_the_variances_bounds() -> None:
+    net = learned_variance()
+    add_heads(net, DenoisingExit(), ["blocks.0"])  # the others answer through the model's final layers
+    for p in net.heads.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    view, inputs = ExitsView(net), batch(4)
+    with torch.no_grad():
+        answers, _ = view.forward_with_states(**inputs)
+        assert [tuple(a.shape) for a in answers] == [(4, 3, 8, 8)] * BLOCKS
+        torch.testing.assert_close(answers[-1], net.model(**inputs)[:, :3])
+        for place, answer in zip(net.at[:-1], answers, strict=False):
+            own = place == "blocks.0"
+            point = Point(place, OUTPUT if own else -1, HeadOutput() if own else Identity(), NoiseLevel(), ALWAYS)
+            whole = Denoiser(net, (point,))(**inputs)
+            assert whole.shape == (4, 6, 8, 8), "samplers find the variance where it always was"
+            torch.testing.assert_close(whole[:, :3], answer)
+            assert (whole[:, 3:] == 0).all() == own
+    assert net.heads["blocks/0"].linear.out_features == 12  # the prediction alone costs  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [Joint(Mean()), Joint(FinalOnly()), Holding(ScheduledDepth((0.0,), (0, None))), UncertaintyAware(), UncertaintyAware(joint=True)],
+    ids=["mean", "final", "schedule", "heads", "joint"],
+)
+def test_a_learned_variance_is_left_untrained_by_every_recipe(recipe: Any) -> None:
+    net = learned_variance()
+    if isinstance(recipe, UncertaintyAware):
+        add_heads(net, DenoisingExit())
+    before = {n: p.detach().clone() for n, p in net.model.named_parameters()}
+    found = fit(net, loader(), recipe, epochs=2, optimizer=lambda p: torch.optim.AdamW(p, 1e-3, weight_decay=0.0), progress=False)
+    assert all(math.isfinite(r["loss"]) for r in found.history if r["event"] == "step")
+    outlet = net.model.outlet.weight.unflatten(0, (6, 4))  # type: ignore[union-attr,operator]
+    was = before["outlet.weight"].unflatten(0, (6, 4))
+    assert torch.equal(outlet[3:], was[3:])
+    trains = getattr(recipe, "joint", True)
+    assert torch.equal(outlet[:3], was[:3]) is not trains
+
+
+def test_a_plan_trains_the_prediction_of_a_learned_variance() -> None:
+    net = learned_variance()
+    view = PlanView(net, depth_schedule((0.0,), ("blocks.0", None)))
+    inputs = batch(4)
+    answer, _ = view.forward_with_states(**inputs)
+    assert answer[0].shape == (4, 3, 8, 8)
+    fit(view, loader(), Joint(FinalOnly()), epochs=1, progress=False)
+
+
 def test_a_run_that_was_cut_short_goes_on_exactly(tmp_path: Path) -> None:
     def run(folder: Path, *stops: int | None) -> dict[str, Tensor]:
         net = fresh()
