@@ -8,12 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from offramp.core.errors import OfframpWarning
 from offramp.core.parts import part_from_dict, part_to_dict
-from offramp.engines.diffusion.model import PARTS, DiffusionModel
-from offramp.policies.denoising import Point
+from offramp.core.warn import warn
+from offramp.policies.denoising import DENOISING_PARTS, Point
 from offramp.policies.skips import ALWAYS
+
+if TYPE_CHECKING:
+    from offramp.engines.diffusion.model import DiffusionModel
 
 _NAME = "trained"
 
@@ -37,7 +41,7 @@ class Trained:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Trained:
         """What `to_dict` gave."""
-        return cls(part_from_dict(data["points"], PARTS), bool(data["in_place"]))
+        return cls(part_from_dict(data["points"], DENOISING_PARTS), bool(data["in_place"]))
 
 
 def trained_for(net: DiffusionModel) -> Trained | None:
@@ -71,4 +75,22 @@ def note_trained(net: DiffusionModel, points: Sequence[Point] | None, *, in_plac
     vars(net)[_NAME] = Trained(None if points is None else tuple(points), in_place or (before is not None and before.in_place))
 
 
-__all__ = ["Trained", "depths_in_words", "note_trained", "trained_alone", "trained_for"]
+def warn_untrained(net: DiffusionModel) -> None:
+    """Warn where a method needs a denoiser or exits that were trained for it and none were trained or loaded here.
+
+    Whoever trained the weights before says so with `note_trained`.
+
+    Warns:
+        OfframpWarning: what the method runs may give noise.
+    """
+    card = net.system.card
+    if card.trained and trained_for(net) is None:
+        warn(
+            f"{card.name} runs a model that was trained for it, and nothing was trained or loaded here: its images may be noise. Call "
+            "offramp.fit(fast, data) first, or offramp.load(model, folder) with what was saved. If these weights were trained for it "
+            "before, say so: offramp.engines.diffusion.trained.note_trained(fast, fast.points, in_place=True).",
+            OfframpWarning,
+        )
+
+
+__all__ = ["Trained", "depths_in_words", "note_trained", "trained_alone", "trained_for", "warn_untrained"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from offramp.core.errors import BudgetInfeasible, InvalidInput, OfframpWarning
 from offramp.core.noise import FlowMatching
 from offramp.engines.diffusion.calibrate import calibrate_denoiser
 from offramp.engines.diffusion.model import DiffusionModel, attach_diffusion
-from offramp.engines.diffusion.trained import Trained, note_trained, trained_for
+from offramp.engines.diffusion.trained import Trained, note_trained, trained_for, warn_untrained
 from offramp.train.denoising import add_heads
 
 STEPS = 8
@@ -72,6 +73,17 @@ def test_what_was_trained_is_kept_as_data_and_weights_once_trained_in_place_stay
     note_trained(fast, fast.points, in_place=False)
     kept = trained_for(fast)
     assert kept is not None and Trained.from_dict(json.loads(json.dumps(kept.to_dict()))) == kept
+
+
+def test_a_method_that_needs_training_says_so_by_name_until_it_has_some() -> None:
+    fast = attached("shallow", share=0.5)
+    with pytest.warns(OfframpWarning, match=r"shallow runs a model that was trained for it, .* Call offramp\.fit"):
+        warn_untrained(fast)
+    note_trained(fast, fast.points, in_place=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_untrained(fast)
+        warn_untrained(attached("deepcache"))
 
 
 def test_exits_that_all_say_the_same_are_not_trained_and_that_is_said() -> None:
