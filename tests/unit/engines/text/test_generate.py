@@ -357,7 +357,7 @@ class TestEnds:
         for bad in ([[]], [[1, 2], []]):
             with pytest.raises(InvalidInput, match="at least one token"):
                 generate(lm, bad)
-        with pytest.raises(InvalidInput, match="outside 0 to 96"):
+        with pytest.raises(InvalidInput, match="token id 97; ids of this model are 0 to 96"):
             generate(lm, [[1, 97]])
         with pytest.raises(InvalidInput, match="max_new_tokens"):
             generate(lm, [[1]], max_new_tokens=0)
