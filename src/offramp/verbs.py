@@ -240,11 +240,13 @@ def _fit_diffusion(net: DiffusionModel, data: Any, recipe: Recipe | None = None,
     if used is None:
         raise InvalidInput(f"{net.system.card.name} trains nothing: calibrate it, or call it as it is. Or give a recipe.")
     as_run = net.skips is not None and net.skips.as_run and recipe is None and getattr(net.skips, "depths", True)
+    net.plan = None  # it was found for the weights there were
     return train_fit(PlanView(net.net, net.points) if as_run else net.net, data, used, **training)
 
 
 def _calibrate_diffusion(net: DiffusionModel, target: Any, **options: Any) -> DenoisingPlan:
-    return calibrate_denoiser(net, target, **options)
+    net.plan = plan = calibrate_denoiser(net, target, **options)
+    return plan
 
 
 def _compile_diffusion(
@@ -254,7 +256,7 @@ def _compile_diffusion(
 
     Args:
         net: from `attach`.
-        plan: from `calibrate`; by default the published settings.
+        plan: from `calibrate`; by default what calls of ``net`` carry out: the plan found last, or the published settings.
         captured: run the segments as CUDA graphs; by default where the denoiser is on CUDA.
         compiled: also compile them, which takes minutes at the first call.
 
@@ -263,7 +265,7 @@ def _compile_diffusion(
         InvalidInput: the plan is not of a diffusion method.
     """
     if plan is not None and not isinstance(plan, DenoisingPlan):
-        raise InvalidInput(f"A diffusion method runs what calibrate() gave for it, or None for its published settings; got {plan!r}.")
+        raise InvalidInput(f"A diffusion method runs what calibrate() gave for it, or None for the plan in use; got {plan!r}.")
     if plan is not None:
         plan.check(net)
     wanted = net.net.device.type == "cuda" if captured is None else captured
@@ -570,7 +572,7 @@ def compile(net: Any, plan: Any = None, *rest: Any, **options: Any) -> Any:  # n
         net: from `attach` or `load`.
         plan: what `calibrate` gave. For a language model a way of decoding (`Plain`, `Verify`, `Accept`, ...), what a planner chose, a
             published method, or ``None``: drafts that are verified, planned here from ``texts=``. For a diffusion model ``None`` runs
-            the published settings.
+            what calls of it do: the plan that `calibrate` found last, or the published settings.
         rest: the mode, of a network cut into segments: `LatencyMode` (default), `ThroughputMode` or `QuotaMode`.
         options: see `offramp.engines.classify.engine.compile`, and `offramp.engines.text.generator.text_generator` for language models
             (``texts``, ``tokenizer``, ``rows``, ``sampling``, ``margin``, ``captured``, ...). For a diffusion model ``captured`` (CUDA

@@ -10,21 +10,27 @@ Shapes: ``B`` rows of a call, ``T`` steps.
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import math
+import threading
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from offramp.core.noise import NoiseScale
 from offramp.diffusion import BoundPoint, Call, DenoisingNet
 from offramp.engines.diffusion.report import Report, StepRecord
 from offramp.engines.diffusion.run import Eager, Runner
 from offramp.engines.diffusion.step import Walk
 from offramp.engines.diffusion.straight import Work, is_straight, note, straight_path
 from offramp.engines.diffusion.trajectory import Branch, Trajectory
+from offramp.engines.diffusion.turn import Turn
+from offramp.engines.diffusion.unchanged import Structure
 from offramp.policies.denoising import Moment, Point
 
 
@@ -34,27 +40,47 @@ class Denoiser(nn.Module):
     Attributes the model has (``config``, ``dtype``, ...) are the model's, so that a pipeline takes it for the model. Runs without gradients
     and in evaluation mode. Everything remembered is in ``trajectory``; `reset` forgets it and starts another report.
 
+    What is remembered belongs to one sampling run. `sampling` is such a run: other threads wait for its end. Called without it, from a
+    loop of the caller's own, a call from another thread than the last one begins a trajectory: threads that take turns in two loops get
+    the images of the loops alone, and reuse nothing.
+
     Args:
         net: from `attach_denoiser`.
         points: the plan; without points it is the plain model.
         observe: note every measured score in the report, for calibration.
         run: runs the segments; by default as they were exported, eagerly. `offramp.engines.diffusion.graphs.Captured` compiles
             and captures.
+        structure: the model as it was attached, by default as it is now; at each run it must still be that.
 
     Attributes:
         straight: steps that are known beforehand and the same for every row are run as one function; the results are the same without.
+        noise: from the timestep to log-SNR; the net's, unless a run is sampled with other levels.
+        share: of the steps that were asked for, those that the last run took.
 
     Raises:
         InvalidInput: a point has no such place or its fill does not fit.
     """
 
-    def __init__(self, net: DenoisingNet, points: Sequence[Point] = (), *, observe: bool = False, run: Runner | None = None) -> None:
+    def __init__(
+        self,
+        net: DenoisingNet,
+        points: Sequence[Point] = (),
+        *,
+        observe: bool = False,
+        run: Runner | None = None,
+        structure: Structure | None = None,
+    ) -> None:
         super().__init__()
         self.net = net
         self.points = tuple(points)
         self.observe = observe
         self.straight = True
         self.run: Runner = run if run is not None else Eager()
+        self.noise: NoiseScale = net.noise
+        self.share = 1.0
+        self._structure: Structure | None = structure if structure is not None else Structure(net.model)
+        self._turn = Turn()
+        self._caller = 0
         self.trajectory = Trajectory()
         self._bound: dict[Any, tuple[BoundPoint, ...]] = {}
         self._schedule: Any = None
@@ -70,6 +96,45 @@ class Denoiser(nn.Module):
         except AttributeError:
             net: Any = super().__getattr__("net")
             return getattr(net.model, name)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Denoiser:
+        """Another denoiser that remembers nothing; cuts are made anew, on first use."""
+        made = type(self).__new__(type(self))
+        memo[id(self)] = made
+        memo |= {id(self._bound): {}, id(self.net._cuts): {}, id(self.trajectory): Trajectory(), id(self._records): deque(maxlen=4096)}
+        made.__dict__ = {n: copy.deepcopy(v, memo) for n, v in self.__dict__.items() if n not in ("_schedule", "_host")}
+        made._schedule = made._host = None
+        return made
+
+    @contextlib.contextmanager
+    def sampling(
+        self, timesteps: Tensor | Callable[[], Tensor] | None = None, *, share: float = 1.0, noise: NoiseScale | None = None
+    ) -> Iterator[None]:
+        """One sampling run: begins with nothing remembered and forgets everything at its end, also by an error. Other threads wait.
+
+        Args:
+            timesteps: as for `reset`.
+            share: steps that are taken, of those that were asked for; for the report.
+            noise: from the timestep to log-SNR in this run and the next; by default as it was.
+
+        Raises:
+            InvalidInput: a run is under way in this thread, or the model is not what was attached any more.
+        """
+        with self._turn.taken():
+            self._check()
+            self.reset(timesteps)
+            self.share = share
+            if noise is not None:
+                self.noise = noise
+            try:
+                yield
+            finally:
+                self.release()
+
+    def _check(self) -> None:
+        """Refuse a model that has changed; give up what was captured of one whose weights have moved."""
+        if self._structure is not None and self._structure.check():
+            self.run.forget()
 
     def reset(self, timesteps: Tensor | Callable[[], Tensor] | None = None) -> None:
         """Begin a trajectory: forget everything and begin another report.
@@ -91,9 +156,18 @@ class Denoiser(nn.Module):
     @property
     def report(self) -> Report:
         """What ran since the last `reset`."""
-        return Report.of(self._records, self.net.cut().spec.flops, len(self.net.at) + 1, self._peak)
+        return Report.of(list(self._records), self.net.cut().spec.flops, len(self.net.at) + 1, self._peak, self.share)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self._turn.mine:
+            return self._step(*args, **kwargs)
+        with self._turn.taken():
+            if self._caller != (caller := threading.get_ident()):
+                self.trajectory.reset()
+                self._caller = caller
+            return self._step(*args, **kwargs)
+
+    def _step(self, *args: Any, **kwargs: Any) -> Any:
         try:
             return self._forward(*args, **kwargs)
         except BaseException:
@@ -114,6 +188,7 @@ class Denoiser(nn.Module):
             branch, why = self.trajectory.enter(times, log_snr, call.key, [p.point.fill.keeps for p in points])
             moment = Moment(log_snr, branch.step, self.trajectory.branch, self._keys(branch, sample))
             if self.trajectory.step == 0 and self.trajectory.branch == 0:
+                self._check()
                 self._records.clear()
             record = StepRecord(self.trajectory.branch, self.trajectory.step, log_snr, made.spec.flops)
             state = made.begin(**call.kwargs)
@@ -145,7 +220,7 @@ class Denoiser(nn.Module):
                 missing = list(dict.fromkeys(times))
             if self._host is not None and self._host[0].ndim == 1:  # all that are to come at once
                 missing = list(dict.fromkeys([*missing, *self._host[1]]))
-            self._levels |= zip(missing, self.net.noise.log_snr(torch.tensor(missing, dtype=torch.float64)).tolist(), strict=True)
+            self._levels |= zip(missing, self.noise.log_snr(torch.tensor(missing, dtype=torch.float64)).tolist(), strict=True)
         return [self._levels[t] for t in times]
 
     def _times(self, call: Call) -> tuple[list[float], list[bool]]:

@@ -112,6 +112,13 @@ class Captured:
             raise InvalidInput(f"sizes must be ascending numbers of rows from 1, got {self.sizes}.")
         self.recorder = Recorder(self.device, self.compiled)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Captured:
+        return Captured(self.device, self.compiled, self.sizes, self.most)  # graphs are of one model's memory
+
+    def forget(self) -> None:
+        self._spans.clear()
+        self._steps.clear()
+
     def size(self, cut: Cut, rows: int) -> int:
         """The number of rows that runs for ``rows``."""
         whole = self._rows.get(cut, rows)

@@ -15,26 +15,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from offramp.backbones import diffusers as library
-from offramp.backbones import repeated_blocks
-from offramp.backbones.taps import first_tensor
-from offramp.budget import NoiseBins
 from offramp.core.bundle import check_base, fingerprint, load_bundle, reading, save_bundle
-from offramp.core.errors import InvalidInput, NoEffectWarning, NotCuttable
-from offramp.core.modes import evaluating
-from offramp.core.noise import FlowMatching, NoiseScale, VariancePreserving
+from offramp.core.errors import FingerprintMismatch, InvalidInput, NoEffectWarning
+from offramp.core.noise import NoiseScale
 from offramp.core.parts import part_from_dict, part_to_dict
 from offramp.core.system import System
 from offramp.core.warn import warn
 from offramp.diffusion import DenoisingNet, attach_denoiser, uncut_denoiser
 from offramp.engines.diffusion.denoise import Denoiser
-from offramp.engines.diffusion.pipeline import pipeline_view, sample
+from offramp.engines.diffusion.pipeline import followed_levels, pipeline_view, refuse_attached, sample
+from offramp.engines.diffusion.places import edges_of, layout_of, training_levels
 from offramp.engines.diffusion.region_step import RegionRunner
 from offramp.engines.diffusion.regions import RegionDenoiser
 from offramp.engines.diffusion.run import Runner
+from offramp.engines.diffusion.turn import Turn
+from offramp.engines.diffusion.unchanged import Structure
 from offramp.exits.denoising import DenoisingExit
 from offramp.policies.denoising import DENOISING_PARTS, Point
 from offramp.policies.skips import REGIONS, SKIPS, Layout, Skips
@@ -45,117 +43,117 @@ PARTS: dict[str, type] = {**DENOISING_PARTS, **REGIONS, **SKIPS, "DenoisingExit"
 
 _KIND, STEM = "denoiser", "denoiser"
 
-# ---- where a denoiser has places -----------------------------------------------------------------------------------------
-
-
-def layout_of(model: nn.Module, inputs: Mapping[str, Any], noise: NoiseScale) -> Layout:
-    """Find a denoiser's places by running it once.
-
-    Args:
-        model: the denoiser.
-        inputs: by name.
-        noise: from its timestep to log-SNR.
-
-    Raises:
-        InvalidInput: it has neither repeated blocks nor the down and up blocks of a U-Net; says so.
-    """
-    name = type(model).__name__
-
-    def edges(size: int) -> tuple[float, ...]:
-        return NoiseBins.by_timestep(training_levels(noise), size).edges
-
-    if isinstance(getattr(model, "down_blocks", None), nn.ModuleList) and isinstance(getattr(model, "up_blocks", None), nn.ModuleList):
-        branches = len(model.up_blocks) - 1  # type: ignore[arg-type]
-        deep = tuple(library.deep_part(model, b) for b in range(branches)) if branches > 0 else ()
-        if not deep:
-            raise InvalidInput(f"This {name} has one level, so nothing of it is deeper than its first branch.")
-        return Layout(name, (), None, deep, edges)
-    try:
-        blocks = tuple(b.path for b in repeated_blocks(model, (), inputs))
-    except NotCuttable as error:
-        raise InvalidInput(
-            f"{name} has neither repeated blocks nor the down_blocks and up_blocks of a U-Net: {error} Use attach_denoiser with at=[...]."
-        ) from error
-    return Layout(name, blocks, _inlet(model, blocks[0], inputs), (), edges)
-
-
-def training_levels(noise: NoiseScale, steps: int = 1000) -> tuple[float, ...]:
-    """Log-SNRs at the training time steps, nearly clean first.
-
-    Raises:
-        InvalidInput: the scale does not say where its time steps begin and end.
-    """
-    if isinstance(noise, VariancePreserving):
-        return noise.levels
-    if isinstance(noise, FlowMatching):
-        times = (torch.arange(steps, dtype=torch.float64) + 0.5) * (noise.full / steps)
-        return tuple(noise.log_snr(times).tolist())
-    raise InvalidInput(
-        f"Published schedules divide the training time steps, and a {type(noise).__name__} does not say which these are; choose a schedule "
-        "with calibrate(...), which goes by noise level."
-    )
-
-
-def _inlet(model: nn.Module, block: str, inputs: Mapping[str, Any]) -> str | None:
-    """The outermost module that made the state which the first block is given, if the block's own state is of its shape."""
-    made: dict[int, tuple[str, Tensor]] = {}
-    found: list[str] = []
-    given: dict[int, Tensor] = {}
-
-    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given.update({id(v): v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)})
-
-    def leave(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            tensor = first_tensor(output)
-            if name == block and tensor is not None and not found:
-                found.extend(made[i][0] for i, t in given.items() if i in made and t.shape == tensor.shape)
-            if tensor is not None:
-                made[id(tensor)] = (name, tensor)
-
-        return hook
-
-    handles = [m.register_forward_hook(leave(n)) for n, m in model.named_modules() if n]
-    handles.append(model.get_submodule(block).register_forward_pre_hook(enter, with_kwargs=True))
-    try:
-        with torch.no_grad(), evaluating(model):
-            model(**inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found[0] if found else None
-
-
 # ---- the object ----------------------------------------------------------------------------------------------------------
 
 
 class DiffusionModel:
     """A diffusion method on a pipeline or a denoiser. Made by `attach_diffusion`.
 
-    Called as the pipeline is called, with the published settings of the method; attributes it has not are the pipeline's (or the
-    denoiser's). `offramp.fit` trains it, `offramp.calibrate` finds a plan for a budget and `offramp.compile` makes what carries a plan out.
+    Called as the pipeline is called, with the plan that `offramp.calibrate` found last, or before that with the published settings of the
+    method. Attributes it has not are the pipeline's (or the denoiser's), and what is set on the pipeline is seen at the next call; a method
+    of the pipeline that returns the pipeline, such as ``to``, returns this. `offramp.fit` trains it, `offramp.calibrate` finds a plan for a
+    budget and `offramp.compile` makes what carries a plan out by itself. Calls from several threads wait for one another: `offramp.compile`
+    makes one for each thread.
 
-    Attributes:
+    Args:
         system: the method.
         net: the denoiser with its places and heads.
         layout: its places.
         pipe: the pipeline, or ``None``.
-        scheduler: the sampler, or ``None`` for a denoiser without one.
+        scheduler: of a denoiser alone.
+        levels_given: the net's noise levels hold whatever the scheduler; by default they are asked of each one that is set.
+
+    Attributes:
+        system: the method.
+        net: the denoiser with its places and heads.
+        pipe: the pipeline, or ``None``.
     """
 
-    def __init__(self, system: System, net: DenoisingNet, layout: Layout, pipe: Any = None, scheduler: Any = None) -> None:
-        self.system, self.net, self.layout, self.pipe = system, net, layout, pipe
-        self._scheduler = scheduler
-        self._published: Any = None
+    def __init__(
+        self, system: System, net: DenoisingNet, layout: Layout, pipe: Any = None, scheduler: Any = None, *, levels_given: bool = False
+    ) -> None:
+        self.system, self.net, self.pipe = system, net, pipe
+        self._layout, self._scheduler, self._levels_given = layout, scheduler, levels_given
+        self._plan: Any = None
+        self._denoiser: Denoiser | None = None
+        self._turn = Turn()
+        self._structure = Structure(net.model) if system.reduction is None else None
+        self._sampled_by = self.scheduler
 
     @property
     def scheduler(self) -> Any:
-        """The sampler; setting it does not change the user's pipeline."""
+        """The sampler, or ``None`` for a denoiser without one; setting it does not change the user's pipeline.
+
+        Raises:
+            InvalidInput: what is set samples another kind of process than the one attached with.
+        """
         return self.pipe.scheduler if self._scheduler is None and self.pipe is not None else self._scheduler
 
     @scheduler.setter
     def scheduler(self, value: Any) -> None:
-        self._scheduler, self._published = value, None
+        before, self._scheduler = self._scheduler, value
+        try:
+            self._follow()
+        except InvalidInput:
+            self._scheduler = before
+            raise
+
+    @property
+    def layout(self) -> Layout:
+        """The denoiser's places, at the noise levels of the scheduler."""
+        self._follow()
+        return self._layout
+
+    @property
+    def plan(self) -> Any:
+        """The `DenoisingPlan` that calls carry out; ``None`` = the published settings. `offramp.calibrate` sets it; set it at will.
+
+        Raises:
+            InvalidInput: what is set is no plan.
+            FingerprintMismatch: it is of another method or was made for another denoiser.
+        """
+        return self._plan
+
+    @plan.setter
+    def plan(self, value: Any) -> None:
+        if value is not None:
+            self.check_plan(value)
+            value.check(self)
+        self._plan, self._denoiser = value, None
+
+    def check_plan(self, plan: Any) -> None:
+        """Refuse a plan of another method: its places and settings mean nothing here.
+
+        Raises:
+            InvalidInput: it is no plan.
+            FingerprintMismatch: names both methods.
+        """
+        name, made = self.system.card.name, getattr(plan, "system", None)
+        if not isinstance(made, str):
+            raise InvalidInput(f"A diffusion method runs a plan that calibrate() gave for it; got {plan!r}.")
+        if made != name:
+            raise FingerprintMismatch(
+                f"This plan is of {made} and the method here is {name}: attach the pipeline with "
+                f"system=offramp.systems.build({made!r}), or calibrate {name}."
+            )
+
+    def _follow(self) -> None:
+        """See what was set on the pipeline since the last look: noise levels are those of the scheduler that is there now."""
+        if self.pipe is not None and getattr(self.pipe, library.denoiser_name(self.pipe)) is not self.net.model:
+            raise InvalidInput(
+                f"The pipeline's {library.denoiser_name(self.pipe)} is another module than the {type(self.net.model).__name__} that was "
+                "attached: attach again."
+            )
+        used = self.scheduler
+        if used is self._sampled_by:
+            return
+        if used is not None and not self._levels_given:
+            levels = followed_levels(used, self.net.model, self.net.noise)
+            if levels != self.net.noise:
+                self.net.noise, self._denoiser = levels, None
+                if self._layout.blocks or self._layout.deep:
+                    self._layout = replace(self._layout, edges=edges_of(levels))
+        self._sampled_by = used
 
     @property
     def skips(self) -> Skips | None:
@@ -180,7 +178,14 @@ class DiffusionModel:
         observe: bool = False,
         run: RegionRunner | Runner | None = None,
     ) -> Denoiser:
-        """The denoiser that carries out some points, or computes the tokens that ``regions`` say; by default the published settings."""
+        """The denoiser that carries out some points, or computes the tokens that ``regions`` say; by default the published settings.
+
+        Raises:
+            InvalidInput: the arguments are of another kind of method, or the model is not what was attached any more.
+        """
+        self._follow()
+        if self._structure is not None:
+            self._structure.check()
         if self.system.reduction is not None:
             if points:
                 raise InvalidInput(f"{self.system.card.name} computes fewer tokens and takes no points.")
@@ -191,7 +196,8 @@ class DiffusionModel:
             )
         if isinstance(run, RegionRunner):
             raise InvalidInput(f"{self.system.card.name} skips parts of the denoiser, which a Captured runs, not {type(run).__name__}.")
-        return Denoiser(self.net, self.points if points is None else points, observe=observe, run=run)
+        chosen = self.points if points is None else points
+        return Denoiser(self.net, chosen, observe=observe, run=run, structure=copy.copy(self._structure))
 
     def view(
         self,
@@ -204,28 +210,41 @@ class DiffusionModel:
         """What carries out some points: a pipeline of the user's own class and call, or for a denoiser alone a `Denoiser`.
 
         Args:
-            points: by default those of the published settings.
-            regions: which tokens are computed, of a method that computes some of them; by default as published.
-            steps: how many steps the sampler takes where so many are asked for; by default what the method says.
+            points: by default what calls carry out (see ``plan``).
+            regions: which tokens are computed, of a method that computes some of them; likewise.
+            steps: how many steps the sampler takes where so many are asked for; likewise, and for other points what the method says.
             run: runs the segments, or the steps of some tokens; by default eagerly. A `Captured` does either.
         """
+        if points is None and regions is None:
+            return self.around(self._planned(run), steps or self.taken)
         return self.around(self.run(points, regions=regions, run=run), steps)
+
+    def _planned(self, run: RegionRunner | Runner | None = None) -> Denoiser:
+        return self.run(run=run) if self._plan is None else self.run(self._plan.points, regions=self._plan.regions, run=run)
+
+    @property
+    def taken(self) -> Callable[[int], int] | None:
+        """How many steps are taken where so many are asked for, by the plan or else by the method."""
+        source = self._plan if self._plan is not None else self.skips
+        return None if source is None else source.steps
 
     def around(self, denoiser: Denoiser, steps: Callable[[int], int] | None = None) -> Any:
         """`view` for a given denoiser."""
         if self.pipe is None:
             return denoiser
-        made = pipeline_view(self.pipe, denoiser)
-        made.scheduler = self.scheduler
         taken = steps or (self.skips.steps if self.skips is not None else None)
-        return made if taken is None or taken(1000) == 1000 else _fewer_steps(made, taken)
+        taken = None if taken is None or taken(1000) == 1000 else taken
+        return pipeline_view(self.pipe, denoiser, scheduler=self.scheduler, follow=not self._levels_given, steps=taken)
 
     @property
     def published(self) -> Any:
-        """`view` with the published settings, made once. A trained method's needs `offramp.fit` first."""
-        if self._published is None:
-            self._published = self.view()
-        return self._published
+        """`view` with what calls carry out: the plan that was calibrated, else the published settings. A trained method's needs
+        `offramp.fit` first. The denoiser in it is made once; the view around it shows the user's pipeline as it is now.
+        """
+        self._follow()
+        if self._denoiser is None:
+            self._denoiser = self._planned()
+        return self.around(self._denoiser, self.taken)
 
     @property
     def report(self) -> Any:
@@ -234,19 +253,41 @@ class DiffusionModel:
         return (found if self.pipe is None else found.denoiser).report
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        output = self.published(*args, **kwargs)
-        if self.pipe is not None and self.points and not (self.report.fired >= 0).any():
+        if self.pipe is None:
+            return self.published(*args, **kwargs)
+        with self._turn.taken():
+            run = self.published
+            output, report = run(*args, **kwargs), run.denoiser.report
+        if run.denoiser.points and not (report.fired >= 0).any():
             warn(
-                f"{self.system.card.name} skipped nothing in this call of {self.report.depth.shape[1]} steps. Build it with other "
+                f"{self.system.card.name} skipped nothing in this call of {report.depth.shape[1]} steps. Build it with other "
                 "settings, or calibrate it for a cost.",
                 NoEffectWarning,
             )
         return output
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_") or name in ("pipe", "net"):
+        if name.startswith("_") or name in ("pipe", "net", "system"):
             raise AttributeError(name)
-        return getattr(self.pipe if self.pipe is not None else self.net.model, name)
+        owner = self.pipe if self.pipe is not None else self.net.model
+        found = getattr(owner, name)
+        return _chained(self, owner, found) if inspect.ismethod(found) and found.__self__ is owner else found
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not name.startswith("_") and name not in _OWN:
+            what = "pipeline" if self.__dict__.get("pipe") is not None else "denoiser"
+            raise InvalidInput(
+                f"What offramp attached has no {name} of its own to set, only {', '.join(_OWN)}. Set it on the {what}, which detach() "
+                f"gives, and the next call sees it: fast.detach().{name} = ..."
+            )
+        super().__setattr__(name, value)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DiffusionModel:
+        made = type(self).__new__(type(self))
+        memo |= {id(self): made, id(self.net._cuts): {}}  # cuts are made anew, on first use
+        made.__dict__ = {n: copy.deepcopy(v, memo) for n, v in self.__dict__.items() if n != "_denoiser"}
+        made._denoiser = None
+        return made
 
     def sample(self, noise: Tensor, *, steps: int, plan: Any = None, scheduler: Any = None, **options: Any) -> Tensor:
         """Sample without a pipeline.
@@ -254,16 +295,20 @@ class DiffusionModel:
         Args:
             noise: ``[B, ...]`` standard normal.
             steps: of the sampler; a method that takes fewer steps does so.
-            plan: from `offramp.calibrate`; by default the published settings.
+            plan: from `offramp.calibrate`; by default what calls carry out.
             scheduler: by default the one given to `offramp.attach`, or the pipeline's.
             options: see `offramp.engines.diffusion.pipeline.sample`.
         """
         used = scheduler if scheduler is not None else self.scheduler
         if used is None:
             raise InvalidInput("There is no scheduler: give scheduler=, here or to attach.")
-        denoiser = self.run(None if plan is None else plan.points, regions=getattr(plan, "regions", None))
-        taken = self.skips if plan is None else plan
-        return sample(denoiser, copy.deepcopy(used), noise, steps=steps if taken is None else taken.steps(steps), **options)
+        if plan is not None:
+            self.check_plan(plan)
+        denoiser = self._planned() if plan is None else self.run(plan.points, regions=plan.regions)
+        if used is not self.scheduler and not self._levels_given:
+            denoiser.noise = followed_levels(used, self.net.model, self.net.noise)
+        taken = self.taken if plan is None else plan.steps
+        return sample(denoiser, copy.deepcopy(used), noise, steps=steps if taken is None else taken(steps), **options)
 
     def fingerprint(self) -> str:
         """Of the denoiser and its heads."""
@@ -287,28 +332,23 @@ class DiffusionModel:
         save_bundle(folder, STEM, _KIND, content, dict(self.net.heads.state_dict()))
 
     def detach(self) -> Any:
-        """The user's pipeline or denoiser, which was never changed."""
+        """The user's pipeline or denoiser. Nothing but training changed it: what was attached, and the plan, stay with this object."""
         return self.pipe if self.pipe is not None else self.net.model
 
 
-def _fewer_steps(view: Any, steps: Callable[[int], int]) -> Any:
-    """A pipeline that takes fewer steps than it is asked for."""
-    kind = type(view)
-    signature = inspect.signature(kind.__call__)
-    if "num_inference_steps" not in signature.parameters:
-        raise InvalidInput(f"{kind.__name__} has no num_inference_steps, so its steps cannot be made fewer.")
+_OWN = ("system", "net", "pipe", "scheduler", "plan")
+"""What may be set on a `DiffusionModel`."""
 
-    @functools.wraps(kind.__call__)
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        bound = signature.bind(self, *args, **kwargs)
-        if any(bound.arguments.get(n) is not None for n in ("timesteps", "sigmas")):
-            raise InvalidInput("Steps that are given one by one (timesteps, sigmas) are not made fewer; give num_inference_steps.")
-        bound.apply_defaults()
-        bound.arguments["num_inference_steps"] = steps(int(bound.arguments["num_inference_steps"]))
-        return kind.__call__(*bound.args, **bound.kwargs)
 
-    view.__class__ = type(kind.__name__, (kind,), {"__call__": call, "__module__": kind.__module__, "__doc__": kind.__doc__})
-    return view
+def _chained(fast: DiffusionModel, owner: Any, method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of the pipeline that gives what was attached where it would give the pipeline."""
+
+    @functools.wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        output = method(*args, **kwargs)
+        return fast if output is owner else output
+
+    return call
 
 
 # ---- attaching -----------------------------------------------------------------------------------------------------------
@@ -349,6 +389,13 @@ def attach_diffusion(
         what = f"{system.card.name} is a method of the {system.card.engine} engine" if isinstance(system, System) else f"got {system!r}"
         raise InvalidInput(f"A pipeline or a denoiser takes a diffusion method, such as offramp.systems.build('deepcache'); {what}.")
     name, pipe, denoiser = system.card.name, None, model
+    refuse_attached(model)
+    if isinstance(model, DiffusionModel):
+        raise InvalidInput(
+            f"{model.system.card.name} is attached already, and {name} on top of it would not run. Attach {name} to the pipeline itself "
+            "(detach() gives it). To compose both, attach each to it, and give their points to one denoiser: "
+            "offramp.engines.diffusion.compose.composed(first, second)."
+        )
     if is_pipeline(model):
         pipe, denoiser = model, getattr(model, library.denoiser_name(model))
         if scheduler is not None:
@@ -363,7 +410,8 @@ def attach_diffusion(
     probe = uncut_denoiser(denoiser, noise=level, example=inputs, timestep=timestep)
     if system.reduction is not None:
         RegionDenoiser(probe, system.reduction)  # says why not, if not
-        return DiffusionModel(system, probe, Layout(type(denoiser).__name__, (), None, (), lambda size: ()), pipe, scheduler)
+        empty = Layout(type(denoiser).__name__, (), None, (), lambda size: ())
+        return DiffusionModel(system, probe, empty, pipe, scheduler, levels_given=noise is not None)
     if not isinstance(system.skips, Skips):
         raise InvalidInput(f"{name} says nothing that a denoiser may skip (System.skips is {system.skips!r}).")
     layout = layout_of(denoiser, probe.example_call().kwargs, level)
@@ -376,7 +424,7 @@ def attach_diffusion(
     if system.skips.steps(1000) != 1000 and pipe is None and scheduler is None:
         raise InvalidInput(f"{name} changes the sampler: give scheduler=....")
     net = attach_denoiser(denoiser, places, noise=level, example=inputs, heads=heads, timestep=timestep)
-    return DiffusionModel(system, net, layout, pipe, scheduler)
+    return DiffusionModel(system, net, layout, pipe, scheduler, levels_given=noise is not None)
 
 
 def saved(folder: str | os.PathLike[str]) -> tuple[str, dict[str, Any], dict[str, Tensor]]:

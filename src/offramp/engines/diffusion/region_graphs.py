@@ -125,6 +125,9 @@ class CapturedRegions(RegionRunner):
             raise InvalidInput(f"most must leave one graph at least, got {self.most}.")
         self._graphs = Captured(self.device, self.compiled)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> CapturedRegions:
+        return CapturedRegions(self.device, self.compiled, self.most)  # graphs are of one model's memory
+
     def __call__(self, step: TokenStep, call: Call, memory: RegionMemory, index: Tensor | None) -> Any:
         self._check(call)
         step = self._known(step)

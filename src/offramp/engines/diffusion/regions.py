@@ -13,6 +13,7 @@ Shapes: ``B`` rows of a call, ``N`` tokens of an image, ``k`` of them that are c
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -74,6 +75,7 @@ class RegionDenoiser(Denoiser):
         if not isinstance(regions, Regions):
             raise InvalidInput(f"regions must be a Regions of offramp.reduce.regions, got {regions!r}.")
         super().__init__(net, observe=observe)
+        self._structure = None  # nothing is cut: what is loaded into the model is seen
         self.regions = regions
         self.runner = region_runner(run)
         self.image_tokens = ImageTokens(net.model)
@@ -83,10 +85,18 @@ class RegionDenoiser(Denoiser):
         with torch.no_grad():
             self._form(net.example_call())
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> RegionDenoiser:
+        """Another denoiser that remembers nothing; the model is looked at anew."""
+        memo[id(self.net._cuts)] = {}
+        net = copy.deepcopy(self.net, memo)
+        made = memo[id(self)] = type(self)(net, self.regions, observe=self.observe, run=copy.deepcopy(self.runner, memo))
+        made.noise = self.noise
+        return made
+
     @property
     def report(self) -> Report:
         """What ran since the last `reset`."""
-        return Report.of(self._records, self._full, self.image_tokens.blocks, self._peak)
+        return Report.of(list(self._records), self._full, self.image_tokens.blocks, self._peak, self.share)
 
     def token_cost(self) -> tuple[int, float]:
         """Tokens of an image like the example's, and what one token less saves of a step, as a share of all its FLOPs."""

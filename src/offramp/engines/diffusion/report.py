@@ -67,6 +67,7 @@ class Report:
             ``cap``, ``missing``, ``not finite``, ``shape``, ``gap``.
         cache_bytes: most that was remembered at once.
         scores: for every point ``[R, T]`` float32 scores, NaN where none was measured; empty unless observed.
+        share: steps that were taken, of those that were asked for: a method that takes fewer spends the less.
     """
 
     depth: Tensor
@@ -78,19 +79,20 @@ class Report:
     reasons: Mapping[tuple[int, str], int]
     cache_bytes: int
     scores: Mapping[int, Tensor] = field(default_factory=dict)
+    share: float = 1.0
 
     @property
     def cost(self) -> float:
-        """Executed FLOPs over those of the whole model; NaN before the first call."""
-        return float(self.flops.nansum() / (self.full_flops * (self.depth >= 0).sum()))
+        """Executed FLOPs over those of the whole model at all steps that were asked for; NaN before the first call."""
+        return self.share * float(self.flops.nansum() / (self.full_flops * (self.depth >= 0).sum()))
 
     @property
     def row_cost(self) -> Tensor:
-        """``[R]`` the same for each row (float64)."""
+        """``[R]`` executed FLOPs of each row over those of the whole model at the steps that were taken (float64)."""
         return self.flops.nansum(1) / (self.full_flops * (self.depth >= 0).sum(1))
 
     @classmethod
-    def of(cls, records: Sequence[StepRecord], full: int, segments: int, cache_bytes: int) -> Report:
+    def of(cls, records: Sequence[StepRecord], full: int, segments: int, cache_bytes: int, share: float = 1.0) -> Report:
         """Put the records of calls together."""
         widths = {b: max(len(r.log_snr) for r in records if r.branch == b) for b in sorted({r.branch for r in records})}
         steps = sorted({r.step for r in records})
@@ -111,4 +113,4 @@ class Report:
             for point, which, values in record.scores:
                 table = scores.setdefault(point, torch.full(shape, torch.nan))
                 table[torch.tensor(which) + start, column] = values.float().cpu()
-        return cls(depth, flops, log_snr, fired, segments, float(full), dict(reasons), cache_bytes, scores)
+        return cls(depth, flops, log_snr, fired, segments, float(full), dict(reasons), cache_bytes, scores, share)

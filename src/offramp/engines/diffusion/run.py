@@ -27,6 +27,10 @@ class Runner(Protocol):
     @property
     def reuses(self) -> bool: ...
 
+    def forget(self) -> None:
+        """Weights have moved in memory: give up what holds their addresses."""
+        ...
+
     def __call__(self, cut: Cut, state: CutState, stop: int) -> CutState:
         """The state at boundary ``stop``. No decision falls between."""
         ...
@@ -51,6 +55,9 @@ class Eager:
     """Segments as they were exported."""
 
     reuses = False
+
+    def forget(self) -> None:
+        pass
 
     def __call__(self, cut: Cut, state: CutState, stop: int) -> CutState:
         return cut.run(state, state.at, stop)
