@@ -127,6 +127,11 @@ def test_what_cannot_be_attached_says_why() -> None:
         attach_denoiser(cached, ["a"], noise=FlowMatching(), example={})
 
 
+def test_an_example_of_other_names_is_refused_with_those_that_the_model_takes() -> None:
+    with pytest.raises(InvalidInput, match=r"does not fit Net.forward: got an unexpected keyword argument 'noisy'. It takes x, timestep"):
+        attach(example={"noisy": torch.randn(2, 4), "timestep": torch.tensor([1, 2])})
+
+
 def test_a_signal_that_is_never_asked_for_needs_nothing(net: DenoisingNet) -> None:
     x = torch.randn(2, 4)
     runner = Denoiser(net, [Point("a", "b", CachedOutput(), StateChange(), float("inf"))])

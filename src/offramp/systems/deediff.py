@@ -21,6 +21,7 @@ Model Generation. 2023. arXiv:2309.17074.
 
 from __future__ import annotations
 
+from offramp.core.errors import InvalidInput
 from offramp.core.system import Card, Predicate, System
 from offramp.exits.denoising import DenoisingExit
 from offramp.policies.skips import LearnedExits
@@ -64,7 +65,12 @@ def deediff(theta: float = 0.075, joint: bool = False, convolution: bool = True)
         theta: uncertainty at or below which an image leaves, in [0, 1]; an independent reproduction 0.075.
         joint: train the model along with the exits, as in the paper.
         convolution: whether an exit's output layer ends with a 3x3 convolution; paper yes.
+
+    Raises:
+        InvalidInput: ``theta`` is not in [0, 1].
     """
+    if not 0 <= theta <= 1:
+        raise InvalidInput(f"deediff: theta is an uncertainty in [0, 1] (an independent reproduction 0.075); got {theta}.")
     return System(
         card=CARD, head=DenoisingExit(convolution=convolution), recipe=UncertaintyAware(joint=joint), threshold=-theta, skips=LearnedExits()
     )

@@ -19,6 +19,7 @@ Reference: X. Ma, G. Fang, X. Wang. DeepCache: Accelerating Diffusion Models for
 
 from __future__ import annotations
 
+from offramp.core.errors import InvalidInput
 from offramp.core.system import Card, Predicate, System
 from offramp.policies.denoising import Every
 from offramp.policies.skips import Deep, Reuse
@@ -52,5 +53,10 @@ def deepcache(interval: int = 3, branch: int = 0) -> System:
     Args:
         interval: N, the deep part is computed at every N-th step, at least 1; typically 3 to 5, the release's examples 3.
         branch: the skip connection above which everything is computed, at least 0, the shallowest; paper 0 for large savings.
+
+    Raises:
+        InvalidInput: ``interval`` is below 1.
     """
+    if not interval >= 1:
+        raise InvalidInput(f"deepcache: interval must be at least 1 (1 computes every step, 3 every third); got {interval}.")
     return System(card=CARD, skips=Reuse(Deep(branch), Every(interval)))

@@ -19,6 +19,7 @@ Reference: Z. Cheng. ParaAttention: Context Parallel Attention that Accelerates 
 
 from __future__ import annotations
 
+from offramp.core.errors import InvalidInput
 from offramp.core.system import Card, Predicate, System
 from offramp.policies.denoising import Guard, ResidualChange
 from offramp.policies.skips import AfterFirst, Reuse
@@ -54,5 +55,10 @@ def first_block_cache(change: float = 0.05, max_reuse: int | None = 2, ends: boo
         change: relative change of the first block's residual below which the rest is reused, >= 0; 0 reuses nothing. In use 0.05.
         max_reuse: steps in a row that may reuse, at least 0; ``None`` = any number, as in the code in use.
         ends: compute the last step as well as the first.
+
+    Raises:
+        InvalidInput: ``change`` is below 0 or not a number.
     """
+    if not change >= 0:
+        raise InvalidInput(f"first-block-cache: change is a relative change, at least 0 (0 reuses nothing, in use 0.05); got {change}.")
     return System(card=CARD, threshold=-change, skips=Reuse(AfterFirst(1), ResidualChange(), guard=Guard(max_reuse, 1, ends)))

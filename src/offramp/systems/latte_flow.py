@@ -16,6 +16,7 @@ Flow-based Transformer. 2025. arXiv:2506.06952.
 
 from __future__ import annotations
 
+from offramp.core.errors import InvalidInput
 from offramp.core.system import Card, Predicate, System
 from offramp.policies.skips import LayerGroups
 from offramp.train.recipe import FinalOnly, Joint
@@ -51,5 +52,10 @@ def latte_flow(groups: int = 4) -> System:
 
     Args:
         groups: K of layers, at least 2; divides the number of blocks, and about 1 / K of them run at a step.
+
+    Raises:
+        InvalidInput: ``groups`` is below 2.
     """
+    if not groups >= 2:
+        raise InvalidInput(f"latte-flow: groups must be at least 2 and divide the denoiser's number of blocks; got {groups}.")
     return System(card=CARD, recipe=Joint(FinalOnly()), skips=LayerGroups(groups))

@@ -11,6 +11,7 @@ Reference: G. Huang, Y. Sun, Z. Liu, D. Sedra, K. Weinberger. Deep Networks with
 
 from __future__ import annotations
 
+from offramp.core.errors import InvalidInput
 from offramp.core.system import Card, Predicate, System
 from offramp.policies.denoising import Chance, Guard
 from offramp.policies.skips import AfterFirst, Reuse
@@ -47,5 +48,10 @@ def random_skip(rate: float = 0.5, max_reuse: int | None = None, seed: int = 0) 
         rate: share of the steps that reuse, in [0, 1]; the first and the last do not.
         max_reuse: steps in a row that may reuse, at least 0; ``None`` = any number.
         seed: of the lot. An image's draws do not depend on its batch mates.
+
+    Raises:
+        InvalidInput: ``rate`` is not in [0, 1].
     """
+    if not 0 <= rate <= 1:
+        raise InvalidInput(f"random-skip: rate is a share of the steps in [0, 1]; got {rate}.")
     return System(card=CARD, threshold=1 - rate, skips=Reuse(AfterFirst(1), Chance(seed), guard=Guard(max_reuse, 1, True)))
