@@ -15,12 +15,10 @@ On the CPU a "graph" is a plain call: that is how this file is tested.
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
 from offramp.core.errors import InvalidInput
 from offramp.core.modes import evaluating
@@ -32,6 +30,7 @@ from offramp.engines.text.round_parts import Round
 from offramp.engines.text.round_verify import VerifyRound
 from offramp.engines.text.rows import Rows
 from offramp.engines.text.sampling import Noise, Sampling
+from offramp.engines.text.standing import standing
 from offramp.engines.text.turns import Turn
 from offramp.engines.text.watch import Board, Watch
 from offramp.engines.text.written import Generation, Streamer
@@ -59,33 +58,6 @@ def length_of(way: Captured) -> int:
     return way.draft_length if isinstance(way, Verify) else 0
 
 
-def _standing(*modules: nn.Module) -> Iterator[object]:
-    """What graphs of some modules depend on but for values: which modules there are, their hooks, where their weights are and of what type.
-
-    Buffers that are not saved are left out: some models write them anew in every pass.
-    """
-    waiting: list[nn.Module | None] = list(modules)
-    while waiting:
-        module = waiting.pop()
-        if module is None:
-            continue
-        yield weakref.ref(module)  # equal while the module lives, and never to one that took its address
-        yield (*module._forward_pre_hooks, *module._forward_hooks)  # numbers that are not given twice
-        unsaved = module._non_persistent_buffers_set
-        buffers = (b for name, b in module._buffers.items() if name not in unsaved)
-        for tensor in (*module._parameters.values(), *buffers):
-            if tensor is not None:
-                yield _place(tensor), tensor.dtype, tensor.shape
-        waiting += module._modules.values()
-
-
-def _place(tensor: Any) -> object:
-    """Where a tensor's values are; of one that consists of others, such as a quantised one, where those of each are."""
-    if hasattr(tensor, "__tensor_flatten__"):
-        return tuple(_place(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
-    return tensor.data_ptr()
-
-
 class Rounds:
     """A captured decoder for ``rows`` texts at a time. Threads wait for each other, and a copy is captured by itself.
 
@@ -108,6 +80,7 @@ class Rounds:
         lengths: of rounds.
         draft_length: the longest of them.
         state: the rows.
+        way: of writing.
 
     Raises:
         InvalidInput: an argument is out of range, the model lacks an exit, or rounds do not know the way; says which.
@@ -173,7 +146,7 @@ class Rounds:
             self.round = self._made(self.way)
             self.mail = Mailbox(self.round.count.numel(), self.device)
             self.board = Board(self.state.tokens, self.state.length)
-        self._stood = list(_standing(self.lm.model, self.lm))
+        self._stood = list(standing(self.lm.model, self.lm))
 
     def renew(self) -> bool:
         """Begin anew if weights stand elsewhere than before, or are others. `generate` does it by itself. Returns whether it was needed."""
@@ -181,7 +154,7 @@ class Rounds:
             return self._renew()
 
     def _renew(self) -> bool:
-        if self._stood == list(_standing(self.lm.model, self.lm)):
+        if self._stood == list(standing(self.lm.model, self.lm)):
             return False
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # a round may be in flight where the last text ended in an error
