@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from offramp.backbones.graph import same
 from offramp.backbones.taps import Stream, floats, resolve
 from offramp.core.errors import NotCuttable
 from offramp.core.modes import evaluating
@@ -128,7 +129,7 @@ def _is_state(value: Any, rows: int) -> bool:
 
 def _differ(old: Sequence[Tensor], new: Sequence[Tensor]) -> list[bool]:
     """Whether each tensor differs; where their number does, all do."""
-    return [not torch.equal(a, b) for a, b in zip(old, new, strict=True)] if len(old) == len(new) else [True] * len(old)
+    return [not same(a, b) for a, b in zip(old, new, strict=True)] if len(old) == len(new) else [True] * len(old)
 
 
 def _follow(model: nn.Module, ran: Sequence[_Ran], at: Sequence[str]) -> dict[str, Stream]:

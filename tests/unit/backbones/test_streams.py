@@ -116,6 +116,16 @@ def test_what_does_not_depend_on_the_state_is_not_skipped_with_it() -> None:
         torch.testing.assert_close(skipping, model.out(image + level))
 
 
+def test_what_is_not_a_number_moves_nothing() -> None:
+    torch.manual_seed(0)
+    model, inputs = Net(True).eval(), example(6)
+    inputs["text"][0, 0, 0] = torch.nan
+    assert image_streams(model, ["caption", "blocks.0"], inputs, "sample") == {
+        "caption": Stream("embed"),
+        "blocks.0": Stream("blocks.0", 1),
+    }
+
+
 def test_one_stream_is_read_as_ever() -> None:
     model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4))
     assert image_streams(model, ["0"], {"sample": torch.randn(2, 3, 4), "timestep": torch.zeros(2)}, "sample") == {}
