@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from offramp.backbones.added import OwnBlock, whole
-from offramp.backbones.decoder import Decoder, Step, decoder
+from offramp.backbones.decoder import ATTENTION, Decoder, Step, cached_attention, decoder
 from offramp.backbones.kv import KVCache
+from offramp.backbones.transformers import register_attention
 from offramp.core.bundle import check_base, fingerprint, load_bundle, save_bundle
 from offramp.core.errors import ArtifactError, FingerprintMismatch, InvalidInput
 from offramp.core.parts import part_from_dict, part_to_dict
@@ -62,6 +63,10 @@ class LanguageModel(nn.Module):
         if name == "generate":
             raise AttributeError(_WRITES)
         return super().__getattr__(name)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        register_attention(ATTENTION, cached_attention)  # what blocks call by name, in the process that this was unpickled in
 
     def forward(self, *given: Any, **named: Any) -> Any:
         """There is no one answer of a model with exits.
@@ -227,14 +232,20 @@ def _depths(exits: Sequence[int], blocks: int) -> list[int]:
     return found
 
 
-def _attached(found: Decoder, exits: Sequence[int], specs: Sequence[LMHeadSpec]) -> LanguageModel:
-    blocks = len(found)
+@dataclass(frozen=True)
+class _Like:
+    """Makes blocks like those of a model; no closure, so that a model with exits can be pickled, for a process of its own."""
 
-    def like(number: int, fresh: bool) -> nn.Module:
+    model: Decoder
+
+    def __call__(self, number: int, fresh: bool) -> nn.Module:
+        blocks = len(self.model)
         if not -blocks <= number < blocks:
             raise InvalidInput(f"The model has {blocks} blocks; there is no block {number} to be like.")
-        return OwnBlock(found, number % blocks, fresh)
+        return OwnBlock(self.model, number % blocks, fresh)
 
+
+def _attached(found: Decoder, exits: Sequence[int], specs: Sequence[LMHeadSpec]) -> LanguageModel:
     ending = Ending(
         found.norm,
         found.head,
@@ -245,7 +256,7 @@ def _attached(found: Decoder, exits: Sequence[int], specs: Sequence[LMHeadSpec])
         found.after_norm,
         found.bounded,
         int(found.model.config.num_attention_heads),
-        like,
+        _Like(found),
     )
     heads = [spec.build(ending).to(device=found.device, dtype=found.dtype) for spec in specs]
     return LanguageModel(found, exits, heads, specs)

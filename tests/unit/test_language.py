@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 from typing import Any
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from offramp.backbones.decoder import ATTENTION
 from offramp.core.bundle import load_bundle, save_bundle
 from offramp.core.errors import ArtifactError, FingerprintMismatch, InvalidInput
+from offramp.engines.text.generate import generate
 from offramp.exits.cached import Adapter, Block
 from offramp.exits.lm import OwnNorm, OwnOutput, Shared, Trimmed
 from offramp.language import LanguageModel, attach_lm, load_lm
+from offramp.policies.decoding import Verify
 
 HEADS = [Shared(), OwnNorm(), Trimmed((3, 1, 2)), Adapter(heads=2), Block(fresh=True)]
 
@@ -121,6 +125,18 @@ def test_what_a_language_model_is_and_what_it_is_not(model):
         lm(torch.tensor([[1, 2]]))
     with pytest.raises(AttributeError, match=r"offramp\.compile\(lm, offramp\.Verify\(4\)\)\.generate"):
         lm.generate([[1, 2]])
+
+
+def test_a_pickled_model_drafts_as_before(model):
+    from transformers import AttentionInterface
+
+    lm = made(model)
+    AttentionInterface._global_mapping.pop(ATTENTION)  # as in a new process, which has not attached anything
+    back = pickle.loads(pickle.dumps(lm))
+    states = torch.randn(2, 5, 16)
+    assert back.exits == lm.exits and back.base_fingerprint() == lm.base_fingerprint()
+    assert all(torch.equal(back.teach(states, k), lm.teach(states, k)) for k in range(len(HEADS)))
+    assert generate(back, [[1, 2, 3]], Verify(2), max_new_tokens=6).tokens == generate(lm, [[1, 2, 3]], Verify(2), max_new_tokens=6).tokens
 
 
 def test_models_that_no_exit_fits_are_refused(model):
