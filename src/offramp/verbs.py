@@ -147,6 +147,7 @@ def _fit_language(
         blocks = _blocks(given, tokenizer, block, net.model)
         return given if blocks is None else text_loader(blocks, batch_size, shuffle=shuffle)
 
+    net.decoder.check_unchanged()
     if eval_data is not None:
         if "eval_loader" in training:
             raise InvalidInput("Give eval_data or eval_loader, one of them.")

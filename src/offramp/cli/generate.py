@@ -214,6 +214,7 @@ def _summary(found: Generation, mode: Way, blocks: int) -> None:
 
 
 def _record(found: Generation, mode: str) -> dict[str, Any]:
-    names = ("prompts", "tokens", "depth", "drafted", "accepted", "audited", "disagreed", "deep_passes", "blocks_run", "blocks_projected")
+    names = ("prompts", "tokens", "depth", "drafted", "accepted", "audited", "disagreed", "deep_passes", "row_passes", "blocks_run",
+             "blocks_projected")  # fmt: skip
     scores = [[None if math.isnan(score) else score for score in row] for row in found.scores]
     return {"mode": mode, **{name: getattr(found, name) for name in names}, "blocks_plain": found.blocks_plain, "scores": scores}

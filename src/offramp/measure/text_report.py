@@ -38,10 +38,12 @@ class Written(Protocol):
     accepted: list[int]
     audited: int
     disagreed: int
-    deep_passes: int
     blocks_run: int
     blocks_plain: int
     prompts: list[list[int]]
+
+    @property
+    def tokens_per_pass(self) -> float: ...
 
 
 def pieces(tokenizer: Any, before: Sequence[int], ids: Sequence[int]) -> list[str]:
@@ -164,9 +166,8 @@ def _summary(generation: Written, depths: Sequence[int], blocks: int) -> str:
     ]
     if sum(generation.drafted):
         tried, kept = sum(generation.drafted), sum(generation.accepted)
-        passes = generation.deep_passes * len(generation.tokens)
         items.append(("drafts kept", percent(kept / tried), f"{kept:,} of {tried:,}"))
-        items.append(("tokens for each full pass", f"{len(depths) / max(1, passes):.2f}", "of a row, its last rounds included"))
+        items.append(("tokens for each full pass", f"{generation.tokens_per_pass:.2f}", "of a row, its last rounds included"))
     if generation.audited:
         off = wilson(generation.disagreed, generation.audited)
         items.append(

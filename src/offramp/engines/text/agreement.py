@@ -67,7 +67,7 @@ def agreement(
         chunk: positions whose logits are held at a time; heads that attend see whole texts.
 
     Raises:
-        InvalidInput: a text is too short for its start.
+        InvalidInput: a text is too short for its start, or the model was changed after it was attached.
     """
     asked = sampling if sampling is not None else Sampling()
     begins = list(starts) if starts is not None else [1] * len(texts)
@@ -77,6 +77,7 @@ def agreement(
             f"starts {begins[:8]}."
         )
     agreed, confidence, chance, index = [], [], [], []
+    lm.decoder.check_unchanged()
     with torch.inference_mode(), evaluating(lm.model, lm):
         for number, (text, begin) in enumerate(zip(texts, begins)):
             tokens = torch.as_tensor(text, dtype=torch.int64, device=lm.decoder.device)[None, :-1]  # nothing is known after the last
