@@ -128,8 +128,9 @@ class DiffusionModel:
             InvalidInput: it is no plan.
             FingerprintMismatch: names both methods.
         """
-        name, made = self.system.card.name, getattr(plan, "system", None)
-        if not isinstance(made, str):
+        name = self.system.card.name
+        made = getattr(plan, "system", name)  # points alone, with how many steps are taken, are of no method
+        if not hasattr(plan, "points") or not hasattr(plan, "steps"):
             raise InvalidInput(f"A diffusion method runs a plan that calibrate() gave for it; got {plan!r}.")
         if made != name:
             raise FingerprintMismatch(
@@ -304,7 +305,7 @@ class DiffusionModel:
             raise InvalidInput("There is no scheduler: give scheduler=, here or to attach.")
         if plan is not None:
             self.check_plan(plan)
-        denoiser = self._planned() if plan is None else self.run(plan.points, regions=plan.regions)
+        denoiser = self._planned() if plan is None else self.run(plan.points, regions=getattr(plan, "regions", None))
         if used is not self.scheduler and not self._levels_given:
             denoiser.noise = followed_levels(used, self.net.model, self.net.noise)
         taken = self.taken if plan is None else plan.steps
