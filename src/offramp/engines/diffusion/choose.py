@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offramp.backbones.taps import first_tensor
 from offramp.budget import NoiseBins, best_cache_plan, best_schedule, threshold_for_cost
 from offramp.core.errors import BudgetInfeasible, InvalidInput, OfframpWarning
 from offramp.core.warn import warn
@@ -74,7 +73,9 @@ class _Recorder(Denoiser):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         output = super().forward(*args, **kwargs)
         given = self.net.call(*args, **kwargs).kwargs
-        self.seen.append({**{k: v.clone() if isinstance(v, Tensor) else v for k, v in given.items()}, "labels": first_tensor(output)})
+        self.seen.append(
+            {**{k: v.clone() if isinstance(v, Tensor) else v for k, v in given.items()}, "labels": self.net.prediction(output)}
+        )
         return output
 
 

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from offramp.backbones import Cut, CutState
-from offramp.backbones.taps import first_tensor
 from offramp.core.batches import unpack_batch
 from offramp.core.errors import InvalidInput
 from offramp.core.modes import evaluating
@@ -100,7 +99,7 @@ def depth_losses(
                 bound[call.key] = net.bind(points, call)
             level = net.noise.log_snr(call.kwargs[net.timestep_name])
             where = torch.bucketize(level.cpu(), bounds, right=True)
-            answers, told = _every_exit(net.cut(call), bound[call.key], call, level.float())
+            answers, told = _every_exit(net, bound[call.key], call, level.float())
             losses = torch.stack([_per_row(a, batch.labels) for a in answers], 1)
             drift = torch.stack([_per_row(a, answers[-1]) for a in answers], 1)
             for table, values in zip(sums, (losses, drift, told), strict=True):
@@ -120,17 +119,18 @@ def _per_row(answer: Tensor, target: Tensor) -> Tensor:
     return (answer[:, : target.shape[1]].float() - target.float()).square().flatten(1).mean(1)
 
 
-def _every_exit(made: Cut, points: Sequence[BoundPoint], call: Call, level: Tensor) -> tuple[list[Tensor], Tensor]:
+def _every_exit(net: DenoisingNet, points: Sequence[BoundPoint], call: Call, level: Tensor) -> tuple[list[Tensor], Tensor]:
     """Predictions of every exit and of the model, and uncertainties ``[R, O]``, NaN where there is none."""
+    made = net.cut(call)
     state, answers, told = made.begin(**call.kwargs), [], []
     for boundary in range(len(made.segments)):
         for point in (p for p in points if p.start == boundary):
-            answers.append(_prediction(made, _filled(made, state, point, level)))
+            answers.append(_prediction(net, made, _filled(made, state, point, level)))
             head = point.head
             ask = getattr(head, "uncertainty", None)
             told.append(ask(state.hidden, level).float() if callable(ask) else torch.full_like(level, torch.nan))
         state = made.run(state, state.at, state.at + 1)
-    answers.append(_prediction(made, state))
+    answers.append(_prediction(net, made, state))
     return answers, torch.stack([*told, torch.full_like(level, torch.nan)], 1)
 
 
@@ -141,14 +141,11 @@ def _filled(made: Cut, state: CutState, point: BoundPoint, level: Tensor) -> Cut
     return made.skip(state, point.stop, point.point.fill.fill(start, (), None))
 
 
-def _prediction(made: Cut, state: CutState) -> Tensor:
+def _prediction(net: DenoisingNet, made: Cut, state: CutState) -> Tensor:
     """Run the rest and pick the prediction out of the model's output."""
     while state.at < len(made.segments):
         state = made.run(state, state.at, state.at + 1)
-    found = first_tensor(made.end(state))
-    if found is None:
-        raise InvalidInput("The denoiser's output has no floating-point tensor.")
-    return found
+    return net.prediction(made.end(state))
 
 
 # ---- reuse ---------------------------------------------------------------------------------------------------------------
@@ -212,19 +209,12 @@ def reuse_losses(
     with evaluating(net):
         sample(
             follower, scheduler, noise, steps=steps, inputs=inputs, unconditional=unconditional, guidance=guidance, names=names,
-            select=lambda output: _first_channels(output, noise.shape[1]),
+            select=net.prediction,
         )  # fmt: skip
     flops = [s.flops for s in net.cut().spec.segments]
     bound = net.bind([point])[0]
     reuse = sum(flops[: bound.start]) + sum(flops[bound.stop :])
     return ReuseLosses(torch.stack(follower.rows), float(sum(flops)), float(reuse), tuple(follower.levels))
-
-
-def _first_channels(output: Any, channels: int) -> Tensor:
-    found = first_tensor(output)
-    if found is None:
-        raise InvalidInput("The denoiser's output has no floating-point tensor.")
-    return found[:, :channels]
 
 
 class Follower(nn.Module):
@@ -252,12 +242,12 @@ class Follower(nn.Module):
         while state.at < point.stop:
             state = made.run(state, state.at, state.at + 1)
         kept = dict(fill.remember(start, {n: state.values[n] for n in point.made}))
-        full = _prediction(made, state)
+        full = _prediction(net, made, state)
         row = torch.full((self.max_gap + 1,), torch.inf, dtype=torch.float64)
         row[0] = 0.0
         for age, older in enumerate(self._older, 1):
             filled = made.skip(begun, point.stop, fill.fill(start, [older], None))
-            row[age] = _per_row(_prediction(made, filled), full).double().mean().cpu()
+            row[age] = _per_row(_prediction(net, made, filled), full).double().mean().cpu()
         self._older.appendleft(kept)
         self.rows.append(row)
         self.levels.append(float(net.noise.log_snr(call.kwargs[net.timestep_name][:1].cpu())))
