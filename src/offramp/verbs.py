@@ -33,6 +33,7 @@ from offramp.engines.diffusion.calibrate import calibrate_denoiser
 from offramp.engines.diffusion.graphs import Captured
 from offramp.engines.diffusion.model import STEM, DiffusionModel, attach_diffusion, changed, check_model, is_pipeline, saved
 from offramp.engines.diffusion.plan import DenoisingPlan
+from offramp.engines.diffusion.trained import note_trained, warn_untrained
 from offramp.engines.text.generator import TextGenerator, text_generator
 from offramp.engines.text.planner import SpeculationPlan
 from offramp.exits.cached import Adapter, Block
@@ -40,6 +41,7 @@ from offramp.exits.denoising import DenoisingExit
 from offramp.exits.lm import LMHeadSpec, OwnNorm, OwnOutput, Shared, Trimmed, frequent
 from offramp.exits.placement import Placement
 from offramp.language import LanguageModel, attach_lm, load_lm
+from offramp.measure.image_report import image_report
 from offramp.measure.report import report as trace_report
 from offramp.measure.text_report import text_report
 from offramp.network import MultiExit, answer
@@ -242,10 +244,15 @@ def _fit_diffusion(net: DiffusionModel, data: Any, recipe: Recipe | None = None,
         raise InvalidInput(f"{net.system.card.name} trains nothing: calibrate it, or call it as it is. Or give a recipe.")
     as_run = net.skips is not None and net.skips.as_run and recipe is None and getattr(net.skips, "depths", True)
     net.plan = None  # it was found for the weights there were
-    return train_fit(PlanView(net.net, net.points) if as_run else net.net, data, used, **training)
+    before = net.net.fingerprint()
+    try:
+        return train_fit(PlanView(net.net, net.points) if as_run else net.net, data, used, **training)
+    finally:  # an interrupted training has trained too
+        note_trained(net, net.points if as_run else None, in_place=net.net.fingerprint() != before)
 
 
 def _calibrate_diffusion(net: DiffusionModel, target: Any, **options: Any) -> DenoisingPlan:
+    warn_untrained(net)
     net.plan = plan = calibrate_denoiser(net, target, **options)
     return plan
 
@@ -271,7 +278,10 @@ def _compile_diffusion(
         plan.check(net)
     wanted = net.net.device.type == "cuda" if captured is None else captured
     run = Captured(net.net.device, compiled=compiled) if wanted or compiled else None
-    return net.view(run=run) if plan is None else net.view(plan.points, regions=plan.regions, steps=plan.steps, run=run)
+    if plan is None:
+        warn_untrained(net)
+        return net.view(run=run)
+    return plan.watch(net.view(plan.points, regions=plan.regions, steps=plan.steps, run=run))
 
 
 def _load_diffusion(
@@ -291,6 +301,8 @@ def _load_diffusion(
         made.net.heads.load_state_dict(tensors)
     except RuntimeError as error:
         raise ArtifactError(f"The weights in {folder} do not fit their heads: {error}.") from error
+    if (trained := fields["trained"]) is not None:
+        note_trained(made, trained.points, in_place=trained.in_place)
     return made
 
 
@@ -663,18 +675,31 @@ def report(path: str | os.PathLike[str], **about: Any) -> Path:
     Args:
         path: the file.
         about: ``trace=...`` for a network cut into segments: see `offramp.measure.report.report`. ``generation=...`` for texts, with
-            ``tokenizer`` and ``blocks`` (or the `LanguageModel` as ``lm``): see `offramp.measure.text_report.text_report`.
+            ``tokenizer`` and ``blocks`` (or the `LanguageModel` as ``lm``): see `offramp.measure.text_report.text_report`. ``plan=...``
+            alone for a diffusion method calibrated for a `offramp.budget.Quality`, with ``features``, ``images``, ``depths`` and
+            ``noise``: see `offramp.measure.image_report.image_report`.
 
     Returns:
         The path.
 
     Raises:
-        InvalidInput: neither or both were given, or something does not fit.
+        InvalidInput: none or several of them were given, or something does not fit.
     """
-    if ("trace" in about) == ("generation" in about):
-        raise InvalidInput("A report is about trace=... (recorded exits) or generation=... (texts that were written), one of them.")
-    if "trace" in about:
+    told: list[str] = [name for name in ("trace", "generation") if name in about]
+    if not told and "plan" in about:  # beside a trace it is a classifier's
+        told = ["plan"]
+    if len(told) != 1:
+        raise InvalidInput(
+            "A report is about trace=... (recorded exits, with their plan=... or without), generation=... (texts that were written) or "
+            f"plan=... alone (images, of a plan for a Quality), one of them; got {', '.join(about) or 'none'}."
+        )
+    if told == ["trace"]:
         return trace_report(path, **about)
+    if told == ["plan"]:
+        plan = about.pop("plan")
+        if not isinstance(plan, DenoisingPlan) or len(found := plan.results()) < 2:
+            raise InvalidInput("plan=... alone takes what calibrate(fast, Quality(...)) gave: of other plans no FID is known.")
+        return image_report(path, full=found[0], results=found[1:], **about)
     lm = about.pop("lm", None)
     if lm is not None:
         about.setdefault("blocks", len(lm.decoder))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from offramp.backbones import diffusers as library
 from offramp.core.bundle import check_base, fingerprint, load_bundle, reading, save_bundle
-from offramp.core.errors import FingerprintMismatch, InvalidInput, NoEffectWarning
+from offramp.core.errors import FingerprintMismatch, InvalidInput, NoEffectWarning, OfframpWarning
 from offramp.core.noise import NoiseScale
 from offramp.core.parts import part_from_dict, part_to_dict
 from offramp.core.system import System
@@ -31,6 +31,7 @@ from offramp.engines.diffusion.places import edges_of, layout_of, training_level
 from offramp.engines.diffusion.region_step import RegionRunner
 from offramp.engines.diffusion.regions import RegionDenoiser
 from offramp.engines.diffusion.run import Runner
+from offramp.engines.diffusion.trained import Trained, trained_for
 from offramp.engines.diffusion.turn import Turn
 from offramp.engines.diffusion.unchanged import Structure
 from offramp.exits.denoising import DenoisingExit
@@ -245,7 +246,8 @@ class DiffusionModel:
         self._follow()
         if self._denoiser is None:
             self._denoiser = self._planned()
-        return self.around(self._denoiser, self.taken)
+        made = self.around(self._denoiser, self.taken)
+        return made if self._plan is None else self._plan.watch(made)
 
     @property
     def report(self) -> Any:
@@ -317,7 +319,11 @@ class DiffusionModel:
         return self.net.fingerprint() + heads
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write the method, its places and the weights it added into ``folder``; the denoiser's own weights are the user's to save."""
+        """Write the method, its places and the weights it added into ``folder``; the denoiser's own weights are the user's to save.
+
+        Warns:
+            OfframpWarning: they were trained in place, so that what is written is of use with them alone.
+        """
         content = {
             "system": self.system.card.name,
             "skips": part_to_dict(self.skips),
@@ -327,10 +333,18 @@ class DiffusionModel:
             "base": type(self.net.model).__qualname__,
             "fingerprint": self.net.fingerprint(),
             "sampler": None if self.scheduler is None else type(self.scheduler).__name__,
+            "trained": None if (trained := trained_for(self)) is None else trained.to_dict(),
         }
         if self.system.reduction is not None:
             raise InvalidInput(f"{self.system.card.name} adds no weights, so there is nothing to save; attach it again.")
         save_bundle(folder, STEM, _KIND, content, dict(self.net.heads.state_dict()))
+        if trained is not None and trained.in_place:
+            how = "pipe.save_pretrained(...)" if self.pipe is not None else "torch.save(model.state_dict(), ...)"
+            warn(
+                f"The weights of {type(self.net.model).__name__} were trained in place and are not in {folder}, which holds what was "
+                f"added: save them too, {how}, and load them before offramp.load.",
+                OfframpWarning,
+            )
 
     def detach(self) -> Any:
         """The user's pipeline or denoiser. Nothing but training changed it: what was attached, and the plan, stay with this object."""
@@ -437,6 +451,7 @@ def saved(folder: str | os.PathLike[str]) -> tuple[str, dict[str, Any], dict[str
     content, tensors = load_bundle(Path(folder), STEM, _KIND)
     with reading(f"The method in {folder}"):
         fields = {k: part_from_dict(content[k], PARTS) for k in ("skips", "threshold", "head")}
+        fields["trained"] = Trained.from_dict(known) if (known := content.get("trained")) else None  # older folders do not say
         return str(content["system"]), {**fields, "base": content["base"], "fingerprint": str(content["fingerprint"])}, tensors
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,10 @@ def test_the_certificate_is_an_estimate_and_says_what_it_rests_on(tmp_path: Path
     whole, *settings = plan.results()
     assert (whole.name, whole.flops, whole.mean_fid) == ("full model", 1.0, plan.tried[0].fid)
     assert [(s.name, s.setting, s.flops, s.fid) for s in settings] == [("deepcache", t.setting, t.cost, (t.fid,)) for t in plan.tried[1:]]
+    page = offramp.report(tmp_path / "images.html", plan=plan, features="three numbers").read_text()
+    assert "deepcache" in page and "three numbers" in page
+    with pytest.raises(InvalidInput, match="no FID is known"):
+        offramp.report(tmp_path / "images.html", plan=replace(plan, tried=()))
 
 
 @pytest.mark.filterwarnings("ignore::offramp.core.errors.OfframpWarning")
