@@ -339,7 +339,7 @@ class DiffusionModel:
             raise InvalidInput(f"{self.system.card.name} adds no weights, so there is nothing to save; attach it again.")
         save_bundle(folder, STEM, _KIND, content, dict(self.net.heads.state_dict()))
         if trained is not None and trained.in_place:
-            how = "pipe.save_pretrained(...)" if self.pipe is not None else "torch.save(model.state_dict(), ...)"
+            how = "pipe.save_pretrained(...)" if self.pipe is not None else "safetensors.torch.save_model(model, ...)"
             warn(
                 f"The weights of {type(self.net.model).__name__} were trained in place and are not in {folder}, which holds what was "
                 f"added: save them too, {how}, and load them before offramp.load.",
