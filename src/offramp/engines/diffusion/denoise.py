@@ -29,9 +29,12 @@ from offramp.engines.diffusion.run import Eager, Runner
 from offramp.engines.diffusion.step import Walk
 from offramp.engines.diffusion.straight import Work, is_straight, note, straight_path
 from offramp.engines.diffusion.trajectory import Branch, Trajectory
-from offramp.engines.diffusion.turn import Turn
 from offramp.engines.diffusion.unchanged import Structure
+from offramp.engines.turn import Turn
 from offramp.policies.denoising import Moment, Point
+
+ANOTHER = "make another for the inner call with offramp.compile(...): what is remembered belongs to one sampling run"
+"""What a call from within a call should use."""
 
 
 class Denoiser(nn.Module):
@@ -79,7 +82,7 @@ class Denoiser(nn.Module):
         self.noise: NoiseScale = net.noise
         self.share = 1.0
         self._structure: Structure | None = structure if structure is not None else Structure(net.model)
-        self._turn = Turn()
+        self._turn = Turn("This denoiser", ANOTHER)
         self._caller = 0
         self.trajectory = Trajectory()
         self._bound: dict[Any, tuple[BoundPoint, ...]] = {}
@@ -120,7 +123,7 @@ class Denoiser(nn.Module):
         Raises:
             InvalidInput: a run is under way in this thread, or the model is not what was attached any more.
         """
-        with self._turn.taken():
+        with self._turn:
             self._check()
             self.reset(timesteps)
             self.share = share
@@ -161,7 +164,7 @@ class Denoiser(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self._turn.mine:
             return self._step(*args, **kwargs)
-        with self._turn.taken():
+        with self._turn:
             if self._caller != (caller := threading.get_ident()):
                 self.trajectory.reset()
                 self._caller = caller

@@ -25,15 +25,15 @@ from offramp.core.parts import part_from_dict, part_to_dict
 from offramp.core.system import System
 from offramp.core.warn import warn
 from offramp.diffusion import DenoisingNet, attach_denoiser, uncut_denoiser
-from offramp.engines.diffusion.denoise import Denoiser
+from offramp.engines.diffusion.denoise import ANOTHER, Denoiser
 from offramp.engines.diffusion.pipeline import followed_levels, pipeline_view, refuse_attached, sample
 from offramp.engines.diffusion.places import edges_of, layout_of, training_levels
 from offramp.engines.diffusion.region_step import RegionRunner
 from offramp.engines.diffusion.regions import RegionDenoiser
 from offramp.engines.diffusion.run import Runner
 from offramp.engines.diffusion.trained import Trained, trained_for
-from offramp.engines.diffusion.turn import Turn
 from offramp.engines.diffusion.unchanged import Structure
+from offramp.engines.turn import Turn
 from offramp.exits.denoising import DenoisingExit
 from offramp.policies.denoising import DENOISING_PARTS, Point
 from offramp.policies.skips import REGIONS, SKIPS, Layout, Skips
@@ -77,7 +77,7 @@ class DiffusionModel:
         self._layout, self._scheduler, self._levels_given = layout, scheduler, levels_given
         self._plan: Any = None
         self._denoiser: Denoiser | None = None
-        self._turn = Turn()
+        self._turn = Turn("This denoiser", ANOTHER)
         self._structure = Structure(net.model) if system.reduction is None else None
         self._sampled_by = self.scheduler
 
@@ -258,7 +258,7 @@ class DiffusionModel:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.pipe is None:
             return self.published(*args, **kwargs)
-        with self._turn.taken():
+        with self._turn:
             run = self.published
             output, report = run(*args, **kwargs), run.denoiser.report
         if run.denoiser.points and not (report.fired >= 0).any():

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from offramp.core.errors import InvalidInput
+from offramp.engines.standing import place
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 
@@ -82,12 +83,8 @@ class Structure:
             "before and would go on as they were. Undo it, or attach and compile again."
         )
 
-    def _pointers(self) -> list[int]:
-        return [p.data_ptr() for weights in self._weights.values() for p in weights.values() if p is not None and _addressed(p)]
-
-
-def _addressed(tensor: Tensor) -> bool:
-    return tensor.device.type != "meta" and type(tensor) in (nn.Parameter, Tensor)
+    def _pointers(self) -> list[object]:
+        return [place(p) for weights in self._weights.values() for p in weights.values() if p is not None]
 
 
 def _around(module: nn.Module) -> tuple[Any, ...]:

@@ -26,8 +26,8 @@ from offramp.engines.text.planner import Prediction, SpeculationPlan, choose, ev
 from offramp.engines.text.round_times import measure, measure_rounds, times_of
 from offramp.engines.text.rounds import Captured, Rounds, can_capture, length_of
 from offramp.engines.text.sampling import Sampling
-from offramp.engines.text.turns import Turn
 from offramp.engines.text.written import Audit, Generation, Streamer
+from offramp.engines.turn import Turn
 from offramp.language import LanguageModel
 from offramp.policies.decoding import Accept, Plain, Scheduled, Verify, Way
 
@@ -93,7 +93,8 @@ class TextGenerator:
         self._way = way
         self._in_rounds = self.captured and (way is None or can_capture(lm, way))
         self._plans: dict[int, SpeculationPlan] = {} if plan is None else {_power(plan.times.rows): plan}
-        self._turn, self._planning = Turn("This captured generator"), Turn("This generator's planner")
+        another = "compile another generator for the texts within"
+        self._turn, self._planning = Turn("This captured generator", another), Turn("This generator's planner", another)
 
     @property
     def _how(self) -> str:

@@ -23,6 +23,7 @@ import torch
 from offramp.core.errors import InvalidInput
 from offramp.core.modes import evaluating
 from offramp.engines.capture import Graph, Mailbox, Recorder, Tuning
+from offramp.engines.standing import standing
 from offramp.engines.text.draft_lengths import LengthChoice
 from offramp.engines.text.generate import exits
 from offramp.engines.text.round_accept import AcceptRound, fits
@@ -30,10 +31,9 @@ from offramp.engines.text.round_parts import Round
 from offramp.engines.text.round_verify import VerifyRound
 from offramp.engines.text.rows import Rows
 from offramp.engines.text.sampling import Noise, Sampling
-from offramp.engines.text.standing import standing
-from offramp.engines.text.turns import Turn
 from offramp.engines.text.watch import Board, Watch
 from offramp.engines.text.written import Generation, Streamer
+from offramp.engines.turn import Turn
 from offramp.language import LanguageModel
 from offramp.policies.decoding import Accept, CatchUp, Plain, Verify, Way
 from offramp.policies.draft_stop import DraftStop
@@ -125,7 +125,7 @@ class Rounds:
         if self.sampling.repetition_penalty != 1.0:
             raise InvalidInput("Captured rounds know no repetition_penalty; use offramp.engines.text.generate for it.")
         self.ends = [] if eos_token_id is None else [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
-        self._rows, self._compiled, self._turn = rows, compiled, Turn("A captured decoder")
+        self._rows, self._compiled, self._turn = rows, compiled, Turn("A captured decoder", "make other Rounds for the texts within")
         self._build()
 
     def _build(self) -> None:

@@ -317,7 +317,7 @@ def test_a_call_within_a_call_is_refused_and_the_next_one_runs(pipe: Any) -> Non
 
             pipe.scheduler.step = inner
             try:
-                with pytest.raises(error or InvalidInput, match=None if error else "under way in the same thread"):
+                with pytest.raises(error or InvalidInput, match=None if error else "at work already"):
                     images(one)
             finally:
                 pipe.scheduler.step = step

@@ -10,12 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from offramp.core.errors import InvalidInput
-from offramp.engines.text import turns
-from offramp.engines.text.turns import Turn
+from offramp.engines import turn as turns
+from offramp.engines.turn import Turn
 
 
 def test_one_at_a_time() -> None:
-    turn, within, most = Turn("It"), 0, 0
+    turn, within, most = Turn("It", "wait"), 0, 0
 
     def use(_: int) -> None:
         nonlocal within, most
@@ -31,15 +31,15 @@ def test_one_at_a_time() -> None:
 
 
 def test_within_it_cannot_be_entered_again() -> None:
-    turn = Turn("The oven")
-    with turn, pytest.raises(InvalidInput, match="The oven is writing already"), turn:
+    turn = Turn("The oven", "wait")
+    with turn, pytest.raises(InvalidInput, match="The oven is at work already"), turn:
         raise AssertionError("not reached")
     with turn:  # the refusal took nothing
         pass
 
 
 def test_an_error_gives_it_back() -> None:
-    turn = Turn("It")
+    turn = Turn("It", "wait")
     for kind in (ValueError, KeyboardInterrupt):
         with pytest.raises(kind), turn:
             raise kind
@@ -49,7 +49,7 @@ def test_an_error_gives_it_back() -> None:
 
 def test_threads_that_would_wait_for_each_other() -> None:
     """The last to come is told; the others go on when it has left."""
-    first, second = Turn("The first"), Turn("The second")
+    first, second = Turn("The first", "wait"), Turn("The second", "wait")
     holds, waits = threading.Event(), threading.Event()
 
     def other() -> str:
@@ -77,7 +77,7 @@ def _waiting_for(turn: Turn) -> bool:
 
 
 def test_copies_are_free() -> None:
-    turn = Turn("It")
+    turn = Turn("It", "wait")
     with turn:
         for made in (copy.deepcopy(turn), pickle.loads(pickle.dumps(turn))):
             with made:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 
-from offramp.engines.text.standing import standing
+from offramp.engines.standing import standing
 
 
 def made() -> nn.Sequential:

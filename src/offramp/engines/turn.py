@@ -19,11 +19,17 @@ class Turn:
 
     Args:
         what: is used in turn, for the message.
+        instead: what a call from within should use, for the message.
     """
 
-    def __init__(self, what: str) -> None:
-        self.what = what
+    def __init__(self, what: str, instead: str) -> None:
+        self.what, self.instead = what, instead
         self._owner: int | None = None
+
+    @property
+    def mine(self) -> bool:
+        """Whether this thread has it."""
+        return self._owner == threading.get_ident()
 
     def __enter__(self) -> None:
         me = threading.get_ident()
@@ -47,14 +53,13 @@ class Turn:
         while at is not None and at._owner is not None:
             if at._owner == me:
                 raise InvalidInput(
-                    f"{self.what} is writing already and would write over its own text: a streamer, a stop criterion or a hook called it "
-                    "again from within. Call it after the first call has returned, or compile another generator for the texts within: "
-                    "each has memory of its own."
+                    f"{self.what} is at work already and would write over what it keeps: a callback, a streamer, a stop criterion or a "
+                    f"hook called it again from within. Call it after the first call has returned, or {self.instead}."
                 )
             at = _WAITING.get(at._owner)
 
-    def __reduce__(self) -> tuple[type[Turn], tuple[str]]:
-        return type(self), (self.what,)
+    def __reduce__(self) -> tuple[type[Turn], tuple[str, str]]:
+        return type(self), (self.what, self.instead)
 
 
 __all__ = ["Turn"]

@@ -25,15 +25,15 @@ def standing(*modules: nn.Module) -> Iterator[object]:
         buffers = (b for name, b in module._buffers.items() if name not in unsaved)
         for tensor in (*module._parameters.values(), *buffers):
             if tensor is not None:
-                yield _place(tensor), tensor.dtype, tensor.shape
+                yield place(tensor), tensor.dtype, tensor.shape
         waiting += module._modules.values()
 
 
-def _place(tensor: Any) -> object:
+def place(tensor: Any) -> object:
     """Where a tensor's values are; of one that consists of others, such as a quantised one, where those of each are."""
     if hasattr(tensor, "__tensor_flatten__"):
-        return tuple(_place(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+        return tuple(place(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
     return tensor.data_ptr()
 
 
-__all__ = ["standing"]
+__all__ = ["place", "standing"]
