@@ -73,7 +73,7 @@ def test_called_from_within_it_says_so_and_goes_on(lm: LanguageModel, write: Any
     refused = []
 
     def again() -> None:
-        with pytest.raises(InvalidInput, match="another generator|other Rounds") as error:
+        with pytest.raises(InvalidInput, match=r"another generator|other Rounds") as error:
             write(other)
         refused.append(error)
 
