@@ -31,7 +31,7 @@ from offramp.engines.diffusion.places import edges_of, layout_of, training_level
 from offramp.engines.diffusion.region_step import RegionRunner
 from offramp.engines.diffusion.regions import RegionDenoiser
 from offramp.engines.diffusion.run import Runner
-from offramp.engines.diffusion.trained import Trained, trained_for
+from offramp.engines.diffusion.trained import Trained
 from offramp.engines.diffusion.unchanged import Structure
 from offramp.engines.turn import Turn
 from offramp.exits.denoising import DenoisingExit
@@ -61,6 +61,7 @@ class DiffusionModel:
         net: the denoiser with its places and heads.
         layout: its places.
         pipe: the pipeline, or ``None``.
+        trained: what it was trained for; ``None`` where that is not known, as of weights that were trained before they came here.
         scheduler: of a denoiser alone.
         levels_given: the net's noise levels hold whatever the scheduler; by default they are asked of each one that is set.
 
@@ -68,6 +69,7 @@ class DiffusionModel:
         system: the method.
         net: the denoiser with its places and heads.
         pipe: the pipeline, or ``None``.
+        trained: what it was trained for; ``None`` where that is not known, as of weights that were trained before they came here.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class DiffusionModel:
     ) -> None:
         self.system, self.net, self.pipe = system, net, pipe
         self._layout, self._scheduler, self._levels_given = layout, scheduler, levels_given
+        self.trained: Trained | None = None
         self._plan: Any = None
         self._denoiser: Denoiser | None = None
         self._turn = Turn("This denoiser", ANOTHER)
@@ -333,12 +336,12 @@ class DiffusionModel:
             "base": type(self.net.model).__qualname__,
             "fingerprint": self.net.fingerprint(),
             "sampler": None if self.scheduler is None else type(self.scheduler).__name__,
-            "trained": None if (trained := trained_for(self)) is None else trained.to_dict(),
+            "trained": None if self.trained is None else self.trained.to_dict(),
         }
         if self.system.reduction is not None:
             raise InvalidInput(f"{self.system.card.name} adds no weights, so there is nothing to save; attach it again.")
         save_bundle(folder, STEM, _KIND, content, dict(self.net.heads.state_dict()))
-        if trained is not None and trained.in_place:
+        if self.trained is not None and self.trained.in_place:
             how = "pipe.save_pretrained(...)" if self.pipe is not None else "safetensors.torch.save_model(model, ...)"
             warn(
                 f"The weights of {type(self.net.model).__name__} were trained in place and are not in {folder}, which holds what was "
@@ -351,7 +354,7 @@ class DiffusionModel:
         return self.pipe if self.pipe is not None else self.net.model
 
 
-_OWN = ("system", "net", "pipe", "scheduler", "plan")
+_OWN = ("system", "net", "pipe", "scheduler", "plan", "trained")
 """What may be set on a `DiffusionModel`."""
 
 

@@ -99,10 +99,7 @@ class DenoisingPlan:
         Warns:
             OfframpWarning: the sampler differs from the one that cost and quality were measured with.
         """
-        if self.system != net.system.card.name:
-            raise FingerprintMismatch(
-                f"This plan is of {self.system} and the method here is {net.system.card.name}: attach the former, or calibrate the latter."
-            )
+        net.check_plan(self)
         if (found := net.fingerprint()) != self.made_with["model"]:
             raise FingerprintMismatch(
                 f"The plan was made for a denoiser with fingerprint {str(self.made_with['model'])[:12]}... ({self.made_with['dtype']}); "

@@ -10,7 +10,7 @@ from typing import Any
 
 from offramp.core.errors import InvalidInput
 from offramp.core.noise import NoiseScale
-from offramp.engines.diffusion.model import training_levels
+from offramp.engines.diffusion.places import training_levels
 
 _KEPT = 9  # noise levels of a scale that are kept
 _CLOSE = 1e-3  # log-SNRs that differ by less are the same, computed elsewhere

@@ -19,8 +19,6 @@ from offramp.policies.skips import ALWAYS
 if TYPE_CHECKING:
     from offramp.engines.diffusion.model import DiffusionModel
 
-_NAME = "trained"
-
 
 @dataclass(frozen=True)
 class Trained:
@@ -44,15 +42,9 @@ class Trained:
         return cls(part_from_dict(data["points"], DENOISING_PARTS), bool(data["in_place"]))
 
 
-def trained_for(net: DiffusionModel) -> Trained | None:
-    """What a method was trained for; ``None`` where that is not known, as of weights that were trained before they came here."""
-    found: Trained | None = vars(net).get(_NAME)  # other names that a method lacks are the pipeline's
-    return found
-
-
 def trained_alone(net: DiffusionModel) -> tuple[Point, ...] | None:
     """The one plan that a denoiser was trained under; ``None`` where others may be run too."""
-    known = trained_for(net)
+    known = net.trained
     return None if known is None else known.points
 
 
@@ -71,8 +63,8 @@ def note_trained(net: DiffusionModel, points: Sequence[Point] | None, *, in_plac
         points: the plan that it was trained under; ``None`` where every exit was.
         in_place: whether the denoiser's own weights were trained.
     """
-    before = trained_for(net)
-    vars(net)[_NAME] = Trained(None if points is None else tuple(points), in_place or (before is not None and before.in_place))
+    before = net.trained
+    net.trained = Trained(None if points is None else tuple(points), in_place or (before is not None and before.in_place))
 
 
 def warn_untrained(net: DiffusionModel) -> None:
@@ -84,7 +76,7 @@ def warn_untrained(net: DiffusionModel) -> None:
         OfframpWarning: what the method runs may give noise.
     """
     card = net.system.card
-    if card.trained and trained_for(net) is None:
+    if card.trained and net.trained is None:
         warn(
             f"{card.name} runs a model that was trained for it, and nothing was trained or loaded here: its images may be noise. Call "
             "offramp.fit(fast, data) first, or offramp.load(model, folder) with what was saved. If these weights were trained for it "
@@ -93,4 +85,4 @@ def warn_untrained(net: DiffusionModel) -> None:
         )
 
 
-__all__ = ["Trained", "depths_in_words", "note_trained", "trained_alone", "trained_for", "warn_untrained"]
+__all__ = ["Trained", "depths_in_words", "note_trained", "trained_alone", "warn_untrained"]

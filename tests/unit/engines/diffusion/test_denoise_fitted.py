@@ -17,7 +17,6 @@ from offramp.cli.image_nets import EulerFlow
 from offramp.core.errors import BudgetInfeasible, FingerprintMismatch, OfframpWarning
 from offramp.core.noise import FlowMatching
 from offramp.engines.diffusion.model import DiffusionModel
-from offramp.engines.diffusion.trained import trained_for
 from offramp.train import NoisePrediction, Noising, linear_betas, noisy_loader
 
 
@@ -56,7 +55,7 @@ def test_depths_that_fit_did_not_train_are_not_planned_also_after_loading(tmp_pa
     with pytest.warns(OfframpWarning, match=r"weights of Toy were trained in place and are not in .*save them too"):
         fast.save(tmp_path)
     again = offramp.load(model, tmp_path, scheduler=EulerFlow(), noise=FlowMatching(), example=fast.net.example)
-    assert trained_for(again) == trained_for(fast) and offramp.calibrate(again, MeanCost(0.95), **given()).points == fast.points
+    assert again.trained == fast.trained and offramp.calibrate(again, MeanCost(0.95), **given()).points == fast.points
     with pytest.raises(FingerprintMismatch):
         offramp.load(toy(), tmp_path, scheduler=EulerFlow(), noise=FlowMatching(), example=fast.net.example)
 
@@ -64,7 +63,7 @@ def test_depths_that_fit_did_not_train_are_not_planned_also_after_loading(tmp_pa
 def test_exits_beside_a_model_leave_it_alone_and_are_saved_without_a_warning(tmp_path: Path) -> None:
     fast = attached("deediff", toy())
     fitted(fast)
-    kept = trained_for(fast)
+    kept = fast.trained
     assert kept is not None and not kept.in_place and kept.points is None
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -17,7 +17,7 @@ from offramp.core.errors import BudgetInfeasible, InvalidInput, OfframpWarning
 from offramp.core.noise import FlowMatching
 from offramp.engines.diffusion.calibrate import calibrate_denoiser
 from offramp.engines.diffusion.model import DiffusionModel, attach_diffusion
-from offramp.engines.diffusion.trained import Trained, note_trained, trained_for, warn_untrained
+from offramp.engines.diffusion.trained import Trained, note_trained, warn_untrained
 from offramp.train.denoising import add_heads
 
 STEPS = 8
@@ -59,7 +59,7 @@ def test_a_model_trained_under_a_plan_keeps_it_or_is_refused(name: str, argument
 def test_where_nothing_or_every_exit_was_trained_all_depths_may_be_chosen() -> None:
     shallow, schedule = attached("shallow", share=0.5), attached("static-schedule")
     deep = calibrate_denoiser(shallow, MeanCost(0.8), **given()).points
-    assert trained_for(shallow) is None and deep[0].at == "blocks.2"
+    assert shallow.trained is None and deep[0].at == "blocks.2"
     before = calibrate_denoiser(schedule, MeanCost(0.7), **given(), bins=3)
     note_trained(schedule, None, in_place=True)
     assert calibrate_denoiser(schedule, MeanCost(0.7), **given(), bins=3) == before
@@ -69,9 +69,9 @@ def test_what_was_trained_is_kept_as_data_and_weights_once_trained_in_place_stay
     fast = attached("shallow", share=0.5)
     note_trained(fast, fast.points, in_place=True)
     note_trained(fast, None, in_place=False)
-    assert trained_for(fast) == Trained(None, True)
+    assert fast.trained == Trained(None, True)
     note_trained(fast, fast.points, in_place=False)
-    kept = trained_for(fast)
+    kept = fast.trained
     assert kept is not None and Trained.from_dict(json.loads(json.dumps(kept.to_dict()))) == kept
 
 
