@@ -455,6 +455,53 @@ def decoding_trained(page: Path) -> str:
     return "\n\n".join(filter(None, parts)) or nothing("make -C benchmarks results/decoding_trained_h100.json")
 
 
+def exactness(page: Path) -> str:
+    """Texts against plain decoding and transformers, by device, type and engine; samples, caches and batch mates."""
+    found = [r for _, r in benchmarked("exactness")]
+    lines = []
+    for result in found:
+        for key in sorted({(r["engine"], r["rows"]) for r in result["rows"]}):
+            rows = [r for r in result["rows"] if (r["engine"], r["rows"]) == key]
+            kept = {d: [r["acceptance"] for r in rows if r["drafts"] == d and r["draft_length"]] for d in ("good", "bad", "random")}
+            shares = [f"{min(v):.2f} to {max(v):.2f}" if v else "-" for v in kept.values()]
+            texts = [same_text(_added([r[against] for r in rows])) for against in ("against_plain", "against_transformers")]
+            prompts = max(r["against_plain"]["texts"] for r in rows)
+            ways = f"{len({(r['system'], r['drafts']) for r in rows})}, {prompts} prompts each"
+            lines.append([machine(result["environment"]), result["dtype"], *key, ways, *shares, *texts])
+    if not lines:
+        return nothing("make -C benchmarks results/exactness_cpu.json")
+    head = [
+        "device",
+        "type",
+        "engine",
+        "prompts at a time",
+        "ways",
+        "good drafts kept",
+        "bad",
+        "random",
+        "beside plain",
+        "beside transformers",
+    ]
+    parts = [table(head, lines)]
+    for result in found:
+        where, said = f"{machine(result['environment'])}, {result['dtype']}", []
+        if (sampled := result.get("sampling")) is not None:
+            said.append(f"{sampled['tests']} chi-square tests of {sampled['draws']:,} texts each, lowest p {sampled['lowest_p']:.3f}")
+        if result.get("cache"):
+            most = max(r["largest_difference"] for r in result["cache"])
+            said.append(f"keys and values after a text within {most:.1e} of one forward over it ({len(result['cache'])} ways)")
+        if result.get("mates"):
+            alone = sum(r["equal"] for r in result["mates"])
+            said.append(f"{alone} of {sum(r['rows'] for r in result['mates'])} rows the same alone and in a batch")
+        if said:
+            parts.append(f"{where}: {'; '.join(said)}.")
+    return "\n\n".join(parts)
+
+
+def _added(each: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    return {name: sum(r[name] for r in each) for name in ("texts", "equal", "not_near_ties")}
+
+
 def lm_systems(page: Path) -> str:
     """Every language-model system on one trained model."""
     parts = []
@@ -667,7 +714,8 @@ def diffusion(page: Path) -> str:
 
 
 RENDERERS: dict[str, Callable[[Path], str]] = {
-    f.__name__: f for f in (pareto, guarantee, demo, efficiency, bars, claims, systems, decoding, decoding_trained, lm_systems, diffusion)
+    f.__name__: f
+    for f in (pareto, guarantee, demo, efficiency, bars, claims, systems, decoding, exactness, decoding_trained, lm_systems, diffusion)
 }
 
 
