@@ -194,6 +194,16 @@ def test_the_command_writes_what_the_reference_writes(tmp_path: Path) -> None:
         assert found["blocks_run"] == 0, "written by the reference engine"
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+def test_prompts_of_any_length(family: str) -> None:
+    """Padded to few widths, each a graph: what is written is what the reference writes, whatever stood there before."""
+    lm = attach_lm(build(family).to(DEVICE), [2], Adapter())
+    run = Rounds(lm, 2, 110, 2, compiled=False)
+    for first, second in ((3, 3), (17, 40), (1, 70), (90, 16), (33, 5), (15, 15)):
+        given = prompts((first, second))
+        same(run.generate(given, 12), generate(lm, given, Verify(2), max_new_tokens=12))
+
+
 # ---- stop strings and streams ------------------------------------------------------------------------------------------------
 
 

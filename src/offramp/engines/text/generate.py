@@ -10,6 +10,7 @@ Shapes: ``B`` rows, ``V`` vocabulary.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -144,10 +145,12 @@ def write(rows: Rows, mode: Way) -> None:
     """Run the prompts and write until every row is finished."""
     if rows.streamer is not None:
         rows.streamer.put(rows.tokens[:, : int(rows.start[0])].cpu())
+    begun = time.perf_counter()
     skipping = Skipping(rows, mode) if isinstance(mode, Scheduled) else None
     first = rows.choose(rows.prefill() if skipping is None else skipping.first())
     depth = len(rows.model) if skipping is None else len(skipping.before)
     rows.append(first[:, None], torch.ones_like(rows.length), torch.full_like(first[:, None], depth))
+    rows.result.prompt_s = time.perf_counter() - begun  # appending has waited for the device
     if skipping is not None:
         skipping.write()
     elif isinstance(mode, Accept):

@@ -379,6 +379,7 @@ def _joined(parts: Sequence[Generation]) -> Generation:
         audit=Audit(torch.cat([p.audit.row + rows for p, rows in zip(parts, before, strict=True)]), *looks),
         deep_passes=sum(p.deep_passes for p in parts),
         row_passes=sum(p.deep_passes * len(p.tokens) for p in parts),
+        prompt_s=sum(p.prompt_s for p in parts),
         prompts=[t for p in parts for t in p.prompts],
     )
 

@@ -15,6 +15,7 @@ On the CPU a "graph" is a plain call: that is how this file is tested.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,6 +29,7 @@ from offramp.engines.text.draft_lengths import LengthChoice
 from offramp.engines.text.generate import exits
 from offramp.engines.text.round_accept import AcceptRound, fits
 from offramp.engines.text.round_parts import Round
+from offramp.engines.text.round_prompt import PromptPass
 from offramp.engines.text.round_verify import VerifyRound
 from offramp.engines.text.rows import Rows
 from offramp.engines.text.sampling import Noise, Sampling
@@ -42,7 +44,7 @@ Captured = Plain | Verify | Accept
 """Ways of decoding that rounds know; of `Accept` those that `can_capture` says."""
 
 
-_BUILT = ("_stood", "_graphs", "model", "device", "recorder", "state", "round", "mail", "board")
+_BUILT = ("_stood", "_graphs", "model", "device", "recorder", "state", "round", "prompt", "mail", "board")
 """Attributes of `Rounds` that belong to one place in memory: a copy makes its own."""
 
 
@@ -142,7 +144,8 @@ class Rounds:
         used, longest, given = exits(self.lm, self.way), length_of(self.way), [[0]] * self._rows
         with torch.inference_mode():
             self.state = Rows(self.lm, given, self.slots - 1, self.sampling, [0] * self._rows, self.ends, used, longest)
-            self.state.prefill()  # takes the memory of every cache, which a compiler would else see taken, and compile once more without
+            logits = self.state.prefill()  # takes the memory of every cache; a compiler that saw it taken would compile once more
+            self.prompt = PromptPass(self.state, self.recorder, logits)
             self.round = self._made(self.way)
             self.mail = Mailbox(self.round.count.numel(), self.device)
             self.board = Board(self.state.tokens, self.state.length)
@@ -239,9 +242,11 @@ class Rounds:
             chooser = choice.start() if choice is not None else None
             used = chooser.lengths if chooser is not None else (self.draft_length,)
             graphs = {k: self._graph(k, watch is not None) for k in used}
+            begun = time.perf_counter()
             state = self._load(prompts, max_new_tokens, list(seeds) if seeds is not None else list(range(len(prompts))))
-            first = state.choose(state.prefill())
+            first = state.choose(self.prompt())
             state.append(first[:, None], state.alive.long(), torch.full_like(first[:, None], len(self.model)))
+            state.result.prompt_s = time.perf_counter() - begun  # appending has waited for the device
             if watch is not None:
                 self._stop_rows(watch.saw(state.tokens.cpu(), state.length.cpu()))
             if bool(state.alive.any()):

@@ -181,13 +181,14 @@ class Rows:
         own = self._own.get(exit_index)
         return None if own is None or self._now is None else replace(self._now, cache=own)
 
-    def prefill(self, ranges: Sequence[tuple[int, int]] | None = None) -> Tensor:
+    def prefill(self, ranges: Sequence[tuple[int, int]] | None = None, width: int | None = None) -> Tensor:
         """Run every prompt. Returns the logits ``[B, V]`` of its last token.
 
         Args:
             ranges: of blocks that run, ``start`` to ``stop - 1`` each; all by default.
+            width: tokens of a row in the pass, at least the longest prompt's, which it is by default.
         """
-        width = int(self.start.max())
+        width = int(self.start.max()) if width is None else width
         hidden = self.run_ranges(ranges if ranges is not None else [(0, len(self.model))], torch.zeros_like(self.start), self.start, width)
         self.ran.zero_()
         return self.model.logits(hidden[torch.arange(self.count, device=hidden.device), self.start - 1])

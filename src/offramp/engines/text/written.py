@@ -73,6 +73,7 @@ class Generation:
             (captured rounds).
         blocks_projected: blocks times tokens of which only keys and values were made.
         blocks_plain: blocks times tokens that plain decoding would run for these texts; 0 where it is not counted.
+        prompt_s: seconds that the prompts took, until every row had its first token; all parts of a large batch together.
         prompts: token ids of each row's prompt.
         pad_token_id: what fills `sequences`.
     """
@@ -91,6 +92,7 @@ class Generation:
     blocks_run: int = 0
     blocks_projected: int = 0
     blocks_plain: int = 0
+    prompt_s: float = field(default=0.0, compare=False)
     prompts: list[list[int]] = field(default_factory=list)
     pad_token_id: int = 0
 
