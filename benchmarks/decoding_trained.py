@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -41,6 +42,7 @@ from lm_common import (
 from offramp.engines.text.agreement import Acceptance, agreement
 from offramp.engines.text.draft_lengths import LengthChoice
 from offramp.engines.text.planner import Prediction, SpeculationPlan, Times, choose, even_acceptance
+from offramp.engines.text.round_prompt import padded
 from offramp.engines.text.round_times import Candidate
 from offramp.engines.text.rounds import Rounds
 from offramp.measure.clock import median_interval
@@ -164,7 +166,7 @@ class Measuring(Measurement):
         return Candidate(0, depth, name, float(depth), DRAFT_BLOCKS[name.partition("-")[0]] + 0.5, (deep,) * (most + 1))
 
     def groups(self) -> None:
-        """Every prompt: both ways in turn, then both prompts alone, whose time is taken off."""
+        """Every prompt in each way in turn; the time until its first token is taken off."""
         if self.plan is None:
             self.choose()
         assert self.plan is not None
@@ -177,7 +179,7 @@ class Measuring(Measurement):
             "by_round": (fast, LengthChoice.of(self.times[best.head], start)),
         }
         turns = in_turn(self.prompts)
-        for p in turns[:2]:
+        for p in {padded(len(p.tokens)): p for p in turns}.values():  # every width of prompts is captured before
             for run, choice in calls.values():
                 run.generate([p.tokens], new, choice=choice)
         with self.budget.part("groups"):
@@ -206,16 +208,13 @@ class Measuring(Measurement):
         self.sheet.content["samples"] = [{k: v for k, v in f.items() if k not in calls} for f in found]
 
     def _each(self, p: Prompt, calls: Mapping[str, tuple[Rounds, LengthChoice]], new: int, turn: int) -> dict[str, Any]:
-        """One prompt in every way, whole and its first token alone; every second one in reverse order."""
+        """One prompt in every way, in an order of its own."""
         taken: dict[str, Any] = {"group": p.group, "number": p.number, "prompt_tokens": len(p.tokens), "cut": p.cut}
-        order = [(name, count) for count in (new, 1) for name in calls]
-        for name, count in reversed(order) if turn % 2 else order:
+        for name in random.Random(turn).sample(list(calls), len(calls)):
             run, choice = calls[name]
-            call = partial(run.generate, [p.tokens], count, choice=choice)
-            taken[f"{name}_s" if count == new else f"{name}_prompt_s"], answer = seconds(call, self.device)
-            if count == new:
-                taken[name] = answer.tokens[0]
-                taken |= {f"{name}_drafted": sum(answer.drafted), f"{name}_accepted": sum(answer.accepted)}
+            taken[f"{name}_s"], answer = seconds(partial(run.generate, [p.tokens], new, choice=choice), self.device)
+            taken |= {f"{name}_prompt_s": answer.prompt_s, name: answer.tokens[0]}
+            taken |= {f"{name}_drafted": sum(answer.drafted), f"{name}_accepted": sum(answer.accepted)}
         return taken
 
     def _summary(self, group: str, each: Sequence[dict[str, Any]], best: Prediction, way: str) -> dict[str, Any]:
@@ -262,7 +261,7 @@ class Measuring(Measurement):
 
 def decoding_s(sample: dict[str, Any], way: str) -> float:
     """Seconds of a text after its first token."""
-    return max(1e-9, float(sample[f"{way}_s"] - sample[f"{way}_prompt_s"]))
+    return float(sample[f"{way}_s"] - sample[f"{way}_prompt_s"])
 
 
 def main() -> None:

@@ -52,6 +52,7 @@ from offramp.core.system import System
 from offramp.engines.text.draft_lengths import LengthChoice
 from offramp.engines.text.generate import generate
 from offramp.engines.text.planner import fingerprint_of
+from offramp.engines.text.round_prompt import padded
 from offramp.engines.text.round_times import times_of
 from offramp.engines.text.rounds import Rounds
 from offramp.engines.text.written import Generation
@@ -105,7 +106,7 @@ class Turns:
 
     Attributes:
         new: tokens of a text.
-        samples: seconds by way, of each text and of its first token.
+        samples: seconds by way, of each text and until its first token.
         plain: the texts.
         fast: the others.
     """
@@ -117,7 +118,7 @@ class Turns:
 
     def rates(self) -> dict[str, float]:
         """Tokens per second after each text's first, prompts' time taken off."""
-        times = {w: sum(max(1e-9, s[w] - s[f"{w}_prompt"]) for s in self.samples) for w in ("plain", "fast")}
+        times = {w: sum(s[w] - s[f"{w}_prompt"] for s in self.samples) for w in ("plain", "fast")}
         written = len(self.samples) * (self.new - 1)
         rates = {"tokens_per_s": written / times["fast"], "plain_tokens_per_s": written / times["plain"]}
         return {**rates, "speedup": times["plain"] / times["fast"]}
@@ -184,19 +185,18 @@ class Table(Measurement):
         return self.plain
 
     def beside_plain(self, fast: Rounds, choice: LengthChoice | None = None) -> Turns:
-        """Every prompt by captured rounds, of the longest length or as chosen, and by plain ones in turn; in full, and its first token."""
+        """Every prompt by captured rounds, of the longest length or as chosen, and by plain ones in turn."""
         ways, new = {"plain": self.plain_rounds().generate, "fast": partial(fast.generate, choice=choice)}, self.args.new
         for write_one in ways.values():
-            write_one(self.prompts[:1], new)
+            for prompt in {padded(len(p)): p for p in self.prompts}.values():  # every width of prompts is captured before
+                write_one([prompt], new)
         found = Turns(new)
         for turn, prompt in enumerate(self.prompts):
             taken: dict[str, float] = {}
-            calls = [(name, count) for count in (new, 1) for name in ways]
-            for name, count in reversed(calls) if turn % 2 else calls:
-                key = name if count == new else f"{name}_prompt"
-                taken[key], answer = seconds(partial(ways[name], [prompt], count), self.device)
-                if count == new:
-                    getattr(found, name).append(answer)
+            for name in reversed(ways) if turn % 2 else ways:
+                taken[name], answer = seconds(partial(ways[name], [prompt], new), self.device)
+                taken[f"{name}_prompt"] = answer.prompt_s
+                getattr(found, name).append(answer)
             found.samples.append(taken)
         return found
 
