@@ -204,6 +204,15 @@ def test_prompts_of_any_length(family: str) -> None:
         same(run.generate(given, 12), generate(lm, given, Verify(2), max_new_tokens=12))
 
 
+@pytest.mark.parametrize("joined", [False, True])
+@pytest.mark.parametrize("mode", [Plain(), Verify(3), Accept(0.05, fill=CatchUp(4))], ids=lambda m: type(m).__name__)
+def test_blocks_share_code(mode: Way, joined: bool) -> None:
+    lm = language_model()
+    run = Rounds(lm, 3, 60, compiled=Tuning(shared_blocks=True, joined_projections=joined), way=mode)
+    for _ in range(2):
+        same(run.generate(GIVEN, 30), generate(lm, GIVEN, mode, max_new_tokens=30))
+
+
 # ---- stop strings and streams ------------------------------------------------------------------------------------------------
 
 
@@ -241,7 +250,7 @@ def test_planned_by_times_of_captured_rounds() -> None:
     lm = language_model()
     wrote = generate(lm, GIVEN, Plain(), max_new_tokens=60)
     texts = [p + t for p, t in zip(GIVEN, wrote.tokens, strict=True)]
-    run = text_generator(lm, texts=texts, starts=[len(p) for p in GIVEN])
+    run = text_generator(lm, texts=texts, starts=[len(p) for p in GIVEN], compiled=False)
     assert run.plan is not None and str(run.plan.times.device).startswith("cuda")
     for rows in (1, 3):
         assert run.generate(GIVEN[:rows], max_new_tokens=60).tokens == wrote.tokens[:rows]

@@ -31,13 +31,6 @@ class Passing(KVCache):
         return now if now is not None else super().read(block, length)
 
 
-class _First(Writer):
-    """Writes to the cache's only block, whatever the number of the block that the attention was made for."""
-
-    def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
-        return super().update(key, value, 0)
-
-
 class OwnBlock(nn.Module):
     """``(hidden [B, Q, W], step) -> [B, Q, W]``: one whole block of the model's kind. ``step.cache`` is a cache of one block.
 
@@ -62,7 +55,7 @@ class OwnBlock(nn.Module):
         self.block = made.requires_grad_(True)
 
     def forward(self, hidden: Tensor, step: Step) -> Tensor:
-        return self._model[0].call(self.block, self.index, hidden, step, _First(step.cache, step.slots, step.length))
+        return self._model[0].call(self.block, self.index, hidden, step, Writer(step.cache, 0, step.slots, step.length))
 
 
 def whole(model: Decoder, hidden: Tensor) -> Step:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -95,8 +96,8 @@ class _Written(Exception):
 class _WriteOnly(Writer):
     """A cache that stops the block that writes to it."""
 
-    def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
-        self.cache.write(layer_idx, key, value, self.slots)
+    def update(self, key: Tensor, value: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+        self.cache.write(self.block, key, value, self.slots)
         raise _Written
 
 
@@ -127,6 +128,39 @@ def _first(module: nn.Module, names: tuple[str, ...]) -> tuple[str, nn.Module] |
     return None
 
 
+class _SharedBlocks:
+    """Code for some blocks at a time, whose weights and caches are its inputs.
+
+    Compiled as a whole, equal blocks are traced and lowered one by one. Here the compiler finds the code it made for others like them.
+    """
+
+    def __init__(self, compiled: Callable[[Callable[..., Any]], Callable[..., Any]], at_a_time: int) -> None:
+        self.at_a_time, self._code = at_a_time, compiled(self._several)
+
+    def run(self, model: Decoder, hidden: Tensor, start: int, stop: int, step: Step) -> Tensor:
+        for first in range(start, stop, self.at_a_time):
+            some = range(first, min(first + self.at_a_time, stop))
+            about = [(model._kinds[k], model.windows[k]) for k in some]
+            keys, values = [step.cache.keys[k] for k in some], [step.cache.values[k] for k in some]
+            if any(buffer is None for buffer in (*keys, *values)):
+                raise InvalidInput(f"Blocks {some.start} to {some.stop - 1} have not run yet; prefill runs every block on the prompt.")
+            given = (step.positions, step.slots, step.length, step.rotary, step.masks)
+            hidden = self._code(model, [model.blocks[k] for k in some], about, hidden, given, keys, values)
+        return hidden
+
+    @staticmethod
+    def _several(
+        model: Decoder, blocks: list[Any], about: list[Any], hidden: Tensor, given: tuple[Any, ...], keys: list[Tensor],
+        values: list[Tensor],
+    ) -> Tensor:  # fmt: skip
+        cache = KVCache.holding(keys, values)
+        positions, slots, length, rotary, masks = given
+        step = Step(cache, positions, slots, length, rotary, masks)
+        for n, (block, (kind, window)) in enumerate(zip(blocks, about, strict=True)):
+            hidden = model._call(block, kind, window, hidden, step, Writer(cache, n, slots, length))
+        return hidden
+
+
 class Decoder:
     """A causal language model, block by block. Made by `decoder`.
 
@@ -144,6 +178,7 @@ class Decoder:
         self.model: Any = model
         self.captured = False
         self._before: list[Tensor] = []
+        self._shared: _SharedBlocks | None = None
         name = type(model).__name__
         config = getattr(model, "config", None)
         if config is None or not hasattr(model, "get_output_embeddings"):
@@ -208,7 +243,8 @@ class Decoder:
                     f"Block {len(self.blocks)} of {name} has no attention among {', '.join(_ATTENTIONS)} that reads `config` and knows its "
                     "`layer_idx`, so that its cache cannot be ours."
                 )
-            self.blocks.append(_seen_through(block, **{attention[0]: _seen_through(attention[1], config=ours)}))
+            # Which block it is our caches know: with one number for all, the code of equal blocks is equal.
+            self.blocks.append(_seen_through(block, **{attention[0]: _seen_through(attention[1], config=ours, layer_idx=0)}))
             self.windows.append(_window(attention[1], config))
             self._keyword = "layer_past" if attention[0] == "attention" else "past_key_values"
         self._seen = self._parts()
@@ -307,9 +343,10 @@ class Decoder:
 
     def run(self, hidden: Tensor, start: int, stop: int, step: Step) -> Tensor:
         """States ``[B, Q, W]`` after blocks ``start`` to ``stop - 1``; their keys and values are in the cache afterwards."""
-        writer = Writer(step.cache, step.slots, step.length)
+        if self._shared is not None:
+            return self._shared.run(self, hidden, start, stop, step)
         for k in range(start, stop):
-            hidden = self.call(self.blocks[k], k, hidden, step, writer)
+            hidden = self.call(self.blocks[k], k, hidden, step, Writer(step.cache, k, step.slots, step.length))
         return hidden
 
     def project(self, hidden: Tensor, start: int, stop: int, step: Step) -> None:
@@ -317,22 +354,39 @@ class Decoder:
 
         What comes before them in the block (a norm) runs too, and the queries where the block makes them along.
         """
-        writer = _WriteOnly(step.cache, step.slots, step.length)
         for k in range(start, stop):
             with contextlib.suppress(_Written):
-                self.call(self.blocks[k], k, hidden, step, writer)
+                self.call(self.blocks[k], k, hidden, step, _WriteOnly(step.cache, k, step.slots, step.length))
 
     def call(self, block: Any, index: int, hidden: Tensor, step: Step, writer: Writer) -> Tensor:
         """States ``[B, Q, W]`` after a block of the kind of block ``index``: that one, or a copy with weights of its own."""
+        return self._call(block, self._kinds[index], self.windows[index], hidden, step, writer)
+
+    def _call(self, block: Any, kind: str | None, window: int | None, hidden: Tensor, step: Step, writer: Writer) -> Tensor:
         given: dict[str, Any] = {self._keyword: writer}
         if self._rotary is not None:
-            given["position_embeddings"] = self._rotation(hidden, step, self._kinds[index])
+            given["position_embeddings"] = self._rotation(hidden, step, kind)
         kernel = wants_kernel(hidden.device, hidden.shape[1], self.head_width)
         if kernel:  # it knows what to read from the positions
-            given |= {"cache_positions": step.positions, "cache_window": self.windows[index]}
-        mask = None if kernel else step.mask(self.windows[index])
+            given |= {"cache_positions": step.positions, "cache_window": window}
+        mask = None if kernel else step.mask(window)
         after: Tensor = block(hidden, attention_mask=mask, position_ids=step.positions, **given)
         return after
+
+    def prepare(self, hidden: Tensor, step: Step) -> Step:
+        """The step with all that blocks look up in it computed, for states ``[B, Q, W]``."""
+        for kind in set(self._kinds) if self._rotary is not None else ():
+            self._rotation(hidden, step, kind)
+        if not wants_kernel(hidden.device, hidden.shape[1], self.head_width):
+            for window in set(self.windows):
+                step.mask(window)
+        return step
+
+    def sharing(self, compiled: Callable[[Callable[..., Any]], Callable[..., Any]], at_a_time: int) -> Decoder:
+        """This decoder with its blocks compiled ``at_a_time``, once for all that are alike: `run` then wants a step that is prepared."""
+        made = copy.copy(self)
+        made._shared = _SharedBlocks(compiled, at_a_time)
+        return made
 
     def _rotation(self, hidden: Tensor, step: Step, kind: str | None) -> Any:
         if kind not in step.rotary:

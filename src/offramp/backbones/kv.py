@@ -8,6 +8,8 @@ Shapes: ``B`` rows, ``S`` slots, ``Q`` tokens of a row in one call, ``G`` key he
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -31,6 +33,13 @@ class KVCache:
         self.rows, self.slots = rows, slots
         self.keys: list[Tensor | None] = [None] * blocks
         self.values: list[Tensor | None] = [None] * blocks
+
+    @classmethod
+    def holding(cls, keys: Sequence[Tensor], values: Sequence[Tensor]) -> KVCache:
+        """A cache of these buffers ``[B, S + 1, G, D]``, one a block."""
+        made = cls(len(keys), keys[0].shape[0], keys[0].shape[1] - 1)
+        made.keys, made.values = list(keys), list(values)
+        return made
 
     @property
     def nowhere(self) -> int:
@@ -61,12 +70,19 @@ class KVCache:
 
 
 class Writer:
-    """What a block's attention is given as its cache: writes at the slots of this call, answers with what may be read."""
+    """What a block's attention is given as its cache: writes at the slots of this call, answers with what may be read.
 
-    def __init__(self, cache: KVCache, slots: Tensor, length: int) -> None:
-        self.cache, self.slots, self.length = cache, slots, length
+    Args:
+        cache: where.
+        block: whose keys and values these are. The number that the attention was made for is not asked, so that blocks can be equal.
+        slots: int64 ``[B, Q]``.
+        length: slots that are read.
+    """
 
-    def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+    def __init__(self, cache: KVCache, block: int, slots: Tensor, length: int) -> None:
+        self.cache, self.block, self.slots, self.length = cache, block, slots, length
+
+    def update(self, key: Tensor, value: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
         """Keys and values ``[B, G, length, D]`` after this call's ``[B, G, Q, D]`` are in place. The name is transformers'."""
-        self.cache.write(layer_idx, key, value, self.slots)
-        return self.cache.read(layer_idx, self.length)
+        self.cache.write(self.block, key, value, self.slots)
+        return self.cache.read(self.block, self.length)

@@ -27,12 +27,15 @@ class Tuning:
         combo_kernels: launch independent small kernels as one.
         joined_projections: make query, key and value by one product, and gate and up by another, in engines that decode: the model's
             weights become views of larger tensors, values unchanged (`offramp.backbones.decoder.Decoder.joined`).
+        shared_blocks: compile a few blocks of a decoder once for all that are like them, instead of the whole model: a fraction of the
+            compile time, for what the compiler would have joined across their borders.
     """
 
     coordinate_descent: bool = False
     max_autotune: bool = False
     combo_kernels: bool = False
     joined_projections: bool = False
+    shared_blocks: bool = False
 
     def options(self) -> dict[str, Any]:
         """Names and values as ``torch.compile(options=...)`` takes them."""

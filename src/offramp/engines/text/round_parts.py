@@ -44,7 +44,13 @@ class Round(ABC):
         self.device = state.length.device
         self.count = torch.zeros(7, dtype=torch.int64, device=self.device)
         self.passes = torch.zeros((), dtype=torch.int64, device=self.device)
-        self._shallow, self._deep = recorder.wrap(self._run_shallow), recorder.wrap(self._run_deep)
+        wrap = recorder.wrap
+        self._embed, self._place, self._logits = self._embedded, self._placed, model.logits
+        self._shallow, self._deep = wrap(self._run_shallow), wrap(self._run_deep)
+        if recorder.compiled and recorder.tuning.shared_blocks:
+            self.model = model.sharing(wrap, _at_a_time(self.depth, len(model)))
+            self._embed, self._place, self._logits = wrap(self._embedded), wrap(self._placed), wrap(model.logits)
+            self._shallow, self._deep = self._run_shallow, self._run_deep
 
     @abstractmethod
     def run(self, length: int) -> None:
@@ -64,16 +70,28 @@ class Round(ABC):
         first = self.state.length - 1
         return first, self.state.tokens.gather(1, first[:, None]).squeeze(1)
 
+    def _embedded(self, tokens: Tensor, first: Tensor, counts: Tensor) -> tuple[Tensor, Step]:
+        """States ``[B, P, W]`` before the first block of ``tokens`` ``[B, P]``, and where they stand; see `_placed`."""
+        step = self._at(first, counts, tokens.shape[1])
+        hidden = self.model.embed(tokens, step)
+        return hidden, self.model.prepare(hidden, step)
+
+    def _placed(self, states: Tensor, first: Tensor, counts: Tensor) -> Step:
+        """Where states ``[B, P, W]`` stand: of each row those from position ``first[b]`` on, of which ``counts[b]`` count."""
+        return self.model.prepare(states, self._at(first, counts, states.shape[1]))
+
+    def _at(self, first: Tensor, counts: Tensor, width: int) -> Step:
+        place = torch.arange(width, device=first.device)
+        return self.model.step(self.state.cache, first[:, None] + place, place < counts[:, None])
+
     def _run_shallow(self, tokens: Tensor, positions: Tensor, running: Tensor) -> Tensor:
         """States ``[B, 1, W]`` at the exit of one token a row; where a row does not run (bool ``[B]``) it leaves no trace."""
-        step = self.model.step(self.state.cache, positions[:, None], running[:, None])
-        return self.model.run(self.model.embed(tokens[:, None], step), 0, self.depth, step)
+        hidden, step = self._embed(tokens[:, None], positions, running.long())
+        return self.model.run(hidden, 0, self.depth, step)
 
     def _run_deep(self, states: Tensor, first: Tensor, pending: Tensor) -> Tensor:
         """The full model's logits ``[B, P, V]`` from states ``[B, P, W]`` at the exit, of which the first ``pending[b]`` count."""
-        place = torch.arange(states.shape[1], device=first.device)
-        step = self.model.step(self.state.cache, first[:, None] + place, place < pending[:, None])
-        return self.model.logits(self.model.run(states, self.depth, len(self.model), step))
+        return self._logits(self.model.run(states, self.depth, len(self.model), self._place(states, first, pending)))
 
     def _own_step(self, positions: Tensor, running: Tensor) -> Step | None:
         """Where tokens stand in the cache of the exit's head, if it has one."""
@@ -99,6 +117,11 @@ class Round(ABC):
         self.count[0] += 1
         self.count[1] = state.alive.sum()
         self.count[2] = state.length.max()
+
+
+def _at_a_time(depth: int, blocks: int) -> int:
+    """How many blocks share code: as many as divide both parts of the model, at most 4, so that no others need code of their own."""
+    return next(n for n in (4, 3, 2, 1) if depth % n == 0 and (blocks - depth) % n == 0)
 
 
 __all__ = ["Round"]
