@@ -8,7 +8,7 @@ text.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
 
@@ -226,8 +226,9 @@ class TextGenerator:
         """Rounds for these texts, and what chooses their lengths."""
         rows = _power(len(part))
         way, lengths = self._asked_of(rows)
-        kept = self.kept.serving(Need(rows, self._slots(max(map(len, part)) + new), lengths, way, asked.sampling, asked.ends))
-        return kept.rounds, self._choice(kept, part, asked.sampling) if len(lengths) > 1 else None
+        sampling = asked.sampling if asked.sampling.do_sample else Sampling()  # nothing else of it is read
+        kept = self.kept.serving(Need(rows, _slots(self.lm, max(map(len, part)) + new), lengths, way, sampling, asked.ends))
+        return kept.rounds, self._choice(kept, part, sampling) if len(lengths) > 1 else None
 
     def _asked_of(self, rows: int) -> tuple[Captured, tuple[int, ...]]:
         """What rounds for so many rows do, and the lengths that are captured."""
@@ -260,12 +261,6 @@ class TextGenerator:
             best = max(times, key=lambda k: known.tokens[k] / times[k])
             times = {best: times[best]}
         return LengthChoice.of(times, even_acceptance(known.tokens[most], most))
-
-    def _slots(self, tokens: int) -> int:
-        most = self.lm.decoder.max_positions
-        step = max(_LEAST_SLOTS, _power(tokens) // 8)
-        slots = -(-tokens // step) * step
-        return slots if most is None else max(tokens, min(slots, most + 1))  # the last token is written and not read
 
 
 def text_generator(
@@ -329,12 +324,34 @@ def text_generator(
         raise InvalidInput("Without a plan one is made, which needs texts=...: prompts with what followed. Or give one, such as Verify(4).")
     ids = token_ids(texts, tokenizer=tokenizer)
     used = lm.decoder.device.type == "cuda" if captured is None else captured
+    kept = KeptRounds(lm, compiled, keep)
     if used:
-        times = measure_rounds(lm, rows=_power(rows), context=context, lengths=LENGTHS, compiled=compiled)
+        rounds = _kept_for_planning(kept, _power(rows), max(context, *map(len, ids)), sampling)
+        times = measure_rounds(lm, rows=_power(rows), context=context, lengths=LENGTHS, make=rounds)
     else:
         times = measure(lm, rows=_power(rows), context=context, most=LENGTHS[-1])
     made = plan_speculation(lm, ids, starts=starts, sampling=sampling, margin=margin, most=LENGTHS[-1], times=times)
-    return TextGenerator(lm, plan=made, **options)
+    found = TextGenerator(lm, plan=made, **options)
+    kept.keep([found._asked_of(_power(rows))[0]])  # what was captured to plan with, of the way that was chosen
+    found.kept = kept
+    return found
+
+
+def _kept_for_planning(
+    kept: KeptRounds, rows: int, tokens: int, sampling: Sampling | None
+) -> Callable[[LanguageModel, int | None], Rounds]:
+    """Rounds of an exit, or plain ones, made as texts of up to so many tokens will need them if the plan turns out so."""
+    choice = sampling if sampling is not None and sampling.do_sample and sampling.repetition_penalty == 1.0 else Sampling()
+    ends = settings(kept.lm.model, {}, {}).ends
+
+    def made(lm: LanguageModel, exit_index: int | None) -> Rounds:
+        way: Captured = Plain() if exit_index is None else Verify(LENGTHS[-1], exit_index=exit_index)
+        lengths = (0,) if exit_index is None else (0, *LENGTHS)
+        most = lm.decoder.max_positions
+        wanted = tokens + LENGTHS[-1] + 2 if most is None else min(tokens + LENGTHS[-1] + 2, most + 1)
+        return kept.serving(Need(rows, _slots(lm, wanted), lengths, way, choice, ends)).rounds
+
+    return made
 
 
 def _check(lm: LanguageModel, way: Way | None, plan: SpeculationPlan | None) -> None:
@@ -351,6 +368,14 @@ def _acceptance(plan: SpeculationPlan, best: Prediction) -> Acceptance:
     """What the plan expects of the best one's exit, for every draft length."""
     same = [p for p in plan.predictions if (p.exit_index, p.head) == (best.exit_index, best.head)]
     return Acceptance((1.0, *(p.tokens_per_round for p in sorted(same, key=lambda p: p.draft_length))))
+
+
+def _slots(lm: LanguageModel, tokens: int) -> int:
+    """Slots for texts of so many tokens: some more, so that longer ones share them."""
+    most = lm.decoder.max_positions
+    step = max(_LEAST_SLOTS, _power(tokens) // 8)
+    slots = -(-tokens // step) * step
+    return slots if most is None else max(tokens, min(slots, most + 1))  # the last token is written and not read
 
 
 def _power(count: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 from offramp.engines.capture import Tuning
@@ -60,20 +60,36 @@ class KeptRounds:
         self.made = 0
 
     def serving(self, need: Need) -> Kept:
-        """Rounds that serve a need, those made for longer texts included: attention reads no further than a text goes."""
-        fitting = [k for k in self.all if k.need.slots >= need.slots and replace(k.need, slots=need.slots) == need]
+        """Rounds that serve a need, those made for longer texts included: attention reads no further than a text goes.
+
+        Where lengths are wanted that those rounds lack, up to the same longest, they get them: the others are captured already.
+        """
+        fitting = [
+            k
+            for k in self.all
+            if k.need.slots >= need.slots
+            and replace(k.need, slots=need.slots, lengths=need.lengths) == need
+            and k.need.lengths[-1] == need.lengths[-1]
+        ]
         if fitting:
             found = min(fitting, key=lambda k: k.need.slots)
             self.all.remove(found)
             if found.rounds.renew():
                 found.times = None
                 self.made += 1
+            if not set(need.lengths) <= set(found.need.lengths):
+                found.rounds.allow(need.lengths)
+                found.need, found.times = replace(found.need, lengths=found.rounds.lengths), None
         else:
             del self.all[: max(0, len(self.all) - self.most + 1)]
             found = Kept(need, self._make(need))
             self.made += 1
         self.all.append(found)
         return found
+
+    def keep(self, ways: Collection[Captured]) -> None:
+        """Let go of rounds that write in other ways."""
+        self.all = [k for k in self.all if k.need.way in ways]
 
     def _make(self, need: Need) -> Rounds:
         return Rounds(

@@ -195,6 +195,7 @@ def measure_rounds(
     warmup: int = 5,
     repeats: int = 30,
     compiled: bool | Tuning | None = None,
+    make: Callable[[LanguageModel, int | None], Rounds] | None = None,
 ) -> Times:
     """Time whole rounds of `offramp.engines.text.rounds.Rounds`, and its plain step, on the model's device. Medians, milliseconds.
 
@@ -211,6 +212,8 @@ def measure_rounds(
         warmup: calls before timing.
         repeats: samples of each time.
         compiled: see `Rounds`.
+        make: gives the rounds of an exit, ``lengths`` among theirs, or those of plain decoding (``None``), so that they can be kept; by
+            default they are made for this alone, as ``slots`` and ``compiled`` say.
 
     Raises:
         InvalidInput: an argument is out of range, or the model has no exits.
@@ -223,15 +226,18 @@ def measure_rounds(
     _check_exits(named, exits)
     device = next(iter(named.values())).decoder.device
 
-    def timed(lm: LanguageModel, exit_index: int, drafts: Sequence[int]) -> dict[int, float]:
-        made = Rounds(lm, rows, slots or context + max(drafts) + 2, drafts, exit_index, compiled=compiled)
-        return times_of(made, _prompts(lm, rows, context), warmup=warmup, repeats=repeats)
+    def alone(lm: LanguageModel, exit_index: int | None) -> Rounds:
+        drafts = (0,) if exit_index is None else lengths
+        return Rounds(lm, rows, slots or context + max(drafts) + 2, drafts, exit_index or 0, compiled=compiled)
 
-    full = timed(next(iter(named.values())), 0, (0,))[0]
+    def timed(lm: LanguageModel, exit_index: int | None) -> dict[int, float]:
+        return times_of((make or alone)(lm, exit_index), _prompts(lm, rows, context), warmup=warmup, repeats=repeats)
+
+    full = timed(next(iter(named.values())), None)[0]
     found = []
     for name, lm in named.items():
         for e in exits if exits is not None else range(len(lm.exits)):
-            known = sorted(timed(lm, e, lengths).items())
+            known = sorted((k, t) for k, t in timed(lm, e).items() if k)
             found.append(Candidate.of_rounds(e, lm.exits[e], name, _between(known, full)))
     return Times(full, tuple(found), rows, context, str(device))
 

@@ -182,6 +182,12 @@ class Rounds:
             self.board.post(self.state.tokens, self.state.length)
         self.mail.post(self.round.count)
 
+    def allow(self, lengths: Sequence[int]) -> None:
+        """Rounds of further lengths, no longer than the longest; each is captured when it is first run."""
+        if wrong := [k for k in lengths if not 0 <= k <= self.draft_length]:
+            raise InvalidInput(f"These rounds have lengths from 0 to {self.draft_length}; got {wrong[0]}. Make others for it.")
+        self.lengths = tuple(sorted({*self.lengths, *lengths}))
+
     # Running it ------------------------------------------------------------------------------------------------------------------
 
     def graph(self, length: int | None = None, watched: bool = False) -> Graph:

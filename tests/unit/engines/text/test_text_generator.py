@@ -17,11 +17,15 @@ from offramp.budget.risk_control import SharedThreshold
 from offramp.budget.targets import Risk
 from offramp.core.errors import FingerprintMismatch, InvalidInput
 from offramp.engines.text import generator as module
+from offramp.engines.text import round_times as times_module
 from offramp.engines.text.agreement import Acceptance
+from offramp.engines.text.draft_lengths import LengthChoice
 from offramp.engines.text.generate import generate
-from offramp.engines.text.generator import TextGenerator, text_generator
+from offramp.engines.text.generator import LENGTHS, TextGenerator, text_generator
+from offramp.engines.text.kept_rounds import KeptRounds
 from offramp.engines.text.planner import SpeculationPlan, choose, fingerprint_of
 from offramp.engines.text.round_times import Candidate, Times
+from offramp.engines.text.rounds import Rounds
 from offramp.exits.lm import OwnNorm
 from offramp.language import LanguageModel, attach_lm, load_lm
 from offramp.policies.decoding import Accept, CatchUp, Plain, Recompute, Scheduled, Verify
@@ -254,6 +258,38 @@ def test_other_fills_are_the_references(lm):
     way = Accept(0.055, fill=Recompute(3), exits=(1,))
     run = TextGenerator(lm, way, captured=True)
     assert run.generate(prompts((5,)), max_new_tokens=9).blocks_run > 0 and run.captures == 0
+
+
+@pytest.mark.parametrize("pays", [True, False])
+def test_rounds_that_were_planned_with_serve(lm, monkeypatch, pays):
+    """What planning captured is what the texts need; a length that the plan adds is captured besides, and other ways are let go."""
+    monkeypatch.setattr(times_module, "times_of", lambda rounds, *_, **__: {k: 1 + (0.05 if pays else 2.0) * k for k in rounds.lengths})
+    made: list[Any] = []
+    monkeypatch.setattr(KeptRounds, "_make", lambda self, need, once=KeptRounds._make: made.append(need) or once(self, need))
+    given = prompts((5, 9, 3))
+    wrote = generate(lm, given, Plain(), max_new_tokens=30)
+    texts = [p + t for p, t in zip(given, wrote.tokens, strict=True)]
+    run = text_generator(lm, texts=texts, starts=[len(p) for p in given], captured=True)
+    planned_with = len(made)
+    assert planned_with == 1 + len(lm.exits) and (run.plan.chosen is not None) is pays
+    assert len(run.kept.all) == 1 and isinstance(run.kept.all[0].need.way, Verify if pays else Plain)
+    for prompt, text in zip(given, wrote.tokens, strict=True):
+        assert run.generate([prompt], max_new_tokens=30).tokens == [text]
+    assert len(made) == planned_with == run.captures
+    wanted = {0, *LENGTHS, run.plan.chosen.draft_length} if pays else {0}
+    assert set(run.kept.all[0].rounds.lengths) == wanted
+
+
+def test_lengths_that_are_added(lm):
+    run = Rounds(lm, 1, slots=40, draft_length=(0, 4))
+    given = prompts((5,))
+    run.allow((2, 4))
+    assert run.lengths == (0, 2, 4)
+    choice = LengthChoice((2,), (1.0,))
+    found, expected = run.generate(given, 20, choice=choice), generate(lm, given, Verify(2), max_new_tokens=20)
+    assert (found.tokens, found.drafted[:2]) == (expected.tokens, expected.drafted)
+    with pytest.raises(InvalidInput, match="from 0 to 4; got 5"):
+        run.allow((1, 5))
 
 
 def test_off_for_the_planned_rows_is_off_for_more(lm):
