@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -158,6 +159,7 @@ class Bench:
         self.real = self._statistics(pictures.images)
         self.make = partial(SmallDiT, channels, pictures.count, size, settings.depth, settings.width, settings.heads, settings.patch)
         self._models: dict[str, DiffusionModel] = {}
+        self._rows: dict[str, dict[str, Any]] = {}
         self._start: dict[str, Tensor] | None = None
         generator = torch.Generator().manual_seed(seed + 1000)
         count = settings.samples + settings.calibration
@@ -263,6 +265,19 @@ class Bench:
             row["drift"] = float(relative_l2(pictures, self.full["images"]).mean())
         return {**row, "images": pictures}
 
+    def row(self, name: str, arguments: Mapping[str, Any], cost: float) -> dict[str, Any]:
+        """`at_cost` without its images, or why it cannot be; the same whatever was asked for before, and found once."""
+        key = json.dumps([name, dict(arguments), cost], sort_keys=True, default=str)
+        if key not in self._rows:
+            self.say(f"seed {self.seed}: {name} at {cost:g}")
+            torch.manual_seed(self.seed)
+            try:
+                found = {"budget": cost} | {k: v for k, v in at_cost(self, name, arguments, cost).items() if k != "images"}
+                self._rows[key] = found | {"fid_ratio": found["fid"] / self.full["fid"], "excess": found["cost"] - cost}
+            except BudgetInfeasible as error:
+                self._rows[key] = {"budget": cost, "infeasible": str(error)}
+        return dict(self._rows[key])
+
 
 # ---- one system at one cost ----------------------------------------------------------------------------------------------
 
@@ -359,30 +374,22 @@ def _scheduled_cost(bench: Bench, net: DenoisingNet, points: Sequence[Any]) -> f
 
 def measure_seed(name: str, settings: ImageSettings, pictures: Pictures, seed: int, device: str, say: Say) -> dict[str, Any]:
     """What one repetition gave: raw numbers as JSON data."""
-    bench = Bench(settings, pictures, seed, device, say)
-    full = bench.full
-    floor = fid(bench._statistics(pictures.images[::2]), bench._statistics(pictures.images[1::2]))
-    rows: dict[str, list[dict[str, Any]]] = {}
-    for label, system, arguments, costs in (
-        ("ours", name, settings.system, settings.budgets),
-        *((k, n, {}, (*settings.budgets, *settings.below)) for k, n in CONTROLS.items()),
-    ):
-        rows[label] = []
-        for cost in costs:
-            say(f"seed {seed}: {system} at {cost:g}")
-            try:
-                found = at_cost(bench, system, arguments, cost)
-            except BudgetInfeasible as error:
-                rows[label].append({"budget": cost, "infeasible": str(error)})
-                continue
-            rows[label].append({"budget": cost} | {k: v for k, v in found.items() if k != "images"})
-            rows[label][-1] |= {"fid_ratio": found["fid"] / full["fid"], "excess": found["cost"] - cost}
+    return measure_on(Bench(settings, pictures, seed, device, say), name, settings)
+
+
+def measure_on(bench: Bench, name: str, settings: ImageSettings) -> dict[str, Any]:
+    """The same on a bench that other systems of the same settings may have used: what they share is there already."""
+    full, images = bench.full, bench.pictures.images
+    floor = fid(bench._statistics(images[::2]), bench._statistics(images[1::2]))
+    rows = {"ours": [bench.row(name, settings.system, cost) for cost in settings.budgets]}
+    for label, control in CONTROLS.items():
+        rows[label] = [bench.row(control, {}, cost) for cost in (*settings.budgets, *settings.below)]
     for row in rows["ours"]:
         if "infeasible" not in row:
             row |= {f"gain_over_{k}": _gain(row, rows[k], full["fid"]) for k in CONTROLS}
     return {
-        "seed": seed,
-        "images": len(pictures.images),
+        "seed": bench.seed,
+        "images": len(images),
         "samples": settings.samples,
         "classifier_accuracy": bench.accuracy,
         "fid_of_halves": floor,
@@ -446,4 +453,4 @@ DENOISERS = Reproduction(
 )
 """Methods that skip a part of a denoiser."""
 
-__all__ = ["CONTROLS", "DENOISERS", "Bench", "ImageSettings", "Pictures", "measure_seed", "read_pictures", "table_rows"]
+__all__ = ["CONTROLS", "DENOISERS", "Bench", "ImageSettings", "Pictures", "measure_on", "measure_seed", "read_pictures", "table_rows"]
