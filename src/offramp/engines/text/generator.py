@@ -23,6 +23,7 @@ from offramp.engines.text.draft_lengths import LengthChoice
 from offramp.engines.text.generate import exits, generate
 from offramp.engines.text.kept_rounds import Kept, KeptRounds, Need
 from offramp.engines.text.planner import Prediction, SpeculationPlan, choose, even_acceptance, fingerprint_of, plan_speculation
+from offramp.engines.text.round_prompt import widths
 from offramp.engines.text.round_times import measure, measure_rounds, times_of
 from offramp.engines.text.rounds import Captured, Rounds, can_capture, length_of
 from offramp.engines.text.sampling import Sampling
@@ -195,7 +196,12 @@ class TextGenerator:
         """
         if rows < 1 or tokens < 2:
             raise InvalidInput(f"rows must be at least 1 and tokens at least 2, got {rows} and {tokens}.")
+        made = self.captures
         self.generate([[0] * (tokens - 1)] * rows, max_new_tokens=1, **asked)
+        if self.captures > made:
+            rounds = self.kept.all[-1].rounds
+            for width in widths(tokens - 1)[:-1]:
+                rounds.generate([[0] * width] * min(rows, self.max_rows), 1)
 
     # How it is done ----------------------------------------------------------------------------------------------------------
 

@@ -24,6 +24,14 @@ def padded(longest: int) -> int:
     return 3 * width // 4 if width > 64 and longest <= 3 * width // 4 else width
 
 
+def widths(longest: int) -> list[int]:
+    """Every width for prompts of up to so many tokens, ascending."""
+    found = [padded(1)]
+    while found[-1] < longest:
+        found.append(padded(found[-1] + 1))
+    return found
+
+
 class PromptPass:
     """Runs the prompts that stand in some rows. A width is captured when it is first met, which takes a few passes.
 
@@ -54,4 +62,4 @@ class PromptPass:
         self.state.reach = reach
 
 
-__all__ = ["LEAST", "MOST", "PromptPass", "padded"]
+__all__ = ["LEAST", "MOST", "PromptPass", "padded", "widths"]

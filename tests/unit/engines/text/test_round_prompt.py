@@ -13,7 +13,7 @@ from language_models import build
 from offramp.engines.capture import Graph, Recorder
 from offramp.engines.text import round_prompt
 from offramp.engines.text.generate import generate
-from offramp.engines.text.round_prompt import padded
+from offramp.engines.text.round_prompt import padded, widths
 from offramp.engines.text.rounds import Rounds
 from offramp.exits.cached import Adapter
 from offramp.language import LanguageModel, attach_lm
@@ -34,10 +34,11 @@ def prompt(lm: LanguageModel, tokens: int) -> list[int]:
 
 
 def test_widths_are_few_and_never_too_narrow() -> None:
-    widths = [padded(n) for n in range(1, 3000)]
-    assert all(w >= n for n, w in enumerate(widths, 1)) and widths == sorted(widths)
-    assert all(w <= 1.5 * n for n, w in enumerate(widths, 1) if n > 64)
-    assert sorted(set(widths))[:8] == [16, 32, 64, 96, 128, 192, 256, 384] and len(set(widths)) < 16
+    found = [padded(n) for n in range(1, 3000)]
+    assert all(w >= n for n, w in enumerate(found, 1)) and found == sorted(found)
+    assert all(w <= 1.5 * n for n, w in enumerate(found, 1) if n > 64)
+    assert sorted(set(found))[:8] == [16, 32, 64, 96, 128, 192, 256, 384] and len(set(found)) < 16
+    assert all(widths(n) == sorted(set(found[:n])) for n in (1, 16, 17, 65, 96, 97, 2999))
 
 
 def test_prompts_of_one_width_share_a_graph(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:

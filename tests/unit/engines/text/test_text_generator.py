@@ -163,8 +163,10 @@ def test_more_rows_than_at_a_time_that_leave(lm):
 def test_prepared_is_not_captured_again(lm):
     run = TextGenerator(lm, Verify(2), captured=True)
     run.prepare(rows=2, tokens=100)
-    run.generate(prompts((5, 6)), max_new_tokens=10)
-    assert run.captures == 1
+    before = dict(run.kept.all[0].rounds.prompt._graphs)
+    for lengths in ((5, 6), (1, 33), (70, 3)):
+        run.generate(prompts(lengths), max_new_tokens=10)
+    assert run.captures == 1 and run.kept.all[0].rounds.prompt._graphs == before and len(before) == 5
     run.prepare(rows=2, tokens=700)
     assert run.captures == 2 and [k.need.slots for k in run.kept.all] == [256, 768]
     run.generate(prompts((3, 4)), max_new_tokens=300)  # between the two, and the longer ones serve it
