@@ -496,10 +496,10 @@ class Training:
             "flops": list(found.flops), "count": found.count.tolist(), "uncertainty": found.uncertainty.nan_to_num(-1).tolist(),
         }  # fmt: skip
 
-    def variants(self, whole: float) -> None:
-        """Everything that begins with the weights of ``--start``, in a share of the time."""
+    def variants(self, whole: float, names: Sequence[str] = VARIANTS) -> None:
+        """Everything that begins with the weights of ``--start``, or some of it, in a share of the time."""
         args = self.args
-        waiting = [n for n in VARIANTS if n not in self.done["stages"]]
+        waiting = [n for n in names if n not in self.done["stages"]]
         if args.start in self.done.get("left_out", {}):
             for name in waiting:
                 self.attempt(name, self.without(args.start))
@@ -656,7 +656,7 @@ def grid(images: Tensor, columns: int = 10) -> Any:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="+", choices=(*MODELS, "variants", "check"))
+    parser.add_argument("what", nargs="+", choices=(*MODELS, "variants", *VARIANTS, "check"), help="models, all variants or some, samples")
     parser.add_argument("--data", type=Path, default=None, help="images with splits train and test; scikit-learn's digits by default")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=None, help="folder for checkpoints and metrics; OUT/work by default")
@@ -694,11 +694,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args.compile = args.compile is not False
     torch.set_float32_matmul_precision("high")
     run = Training(args)
-    waiting = [w for w in args.what if w == "variants" or (w in MODELS and w not in run.done["stages"])]
+    some = [w for w in args.what if w in VARIANTS] if "variants" not in args.what else list(VARIANTS)
+    waiting = [w for w in args.what if w in MODELS and w not in run.done["stages"]] + ["variants"] * bool(some)
     for index, what in enumerate(waiting):
         share = 1 / (len(waiting) - index)
         if what == "variants":
-            run.variants(share)
+            run.variants(share, some)
         else:
             run.attempt(what, partial(run.model, what, share))
     if "check" in args.what:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -92,6 +93,17 @@ def test_what_is_there_is_not_trained_again(training: ModuleType, folder: Path) 
     training.main(["flow", "variants", "--tiny", "--steps", "4", "--out", str(folder), "--device", "cpu"])
     assert (folder / "flow" / "diffusion_pytorch_model.safetensors").stat().st_mtime_ns == before
     assert set(sheet(folder)) == {"flow", *training.VARIANTS}
+
+
+@pytest.mark.slow
+def test_one_variant_of_those_that_are_missing(training: ModuleType, folder: Path, tmp_path: Path) -> None:
+    made = Path(shutil.copytree(folder, tmp_path / "made", ignore=shutil.ignore_patterns("work")))
+    known = json.loads((made / "training.json").read_text())
+    for name in ("latte", "shallow"):
+        del known["stages"][name]
+    (made / "training.json").write_text(json.dumps(known))
+    training.main(["shallow", "--tiny", "--steps", "4", "--out", str(made), "--device", "cpu"])
+    assert set(sheet(made)) == {"flow", *training.VARIANTS} - {"latte"}
 
 
 class Clock:
