@@ -65,6 +65,7 @@ from lm_common import Budget, asked_parts, numbers, run_parts
 from torch import Tensor
 from train_diffusion import images_of
 
+from offramp.backbones.shared_code import SharedCode
 from offramp.engines.diffusion.denoise import Denoiser
 from offramp.measure.clock import compare, environment
 from offramp.measure.image_quality import (
@@ -267,6 +268,8 @@ class Benchmark:
         self.costs, self.half = (() if not c else check_costs([float(x) for x in c.split(",")]) for c in (args.costs, args.half))
         self.share = share_of(args.share)
         self.families: dict[str, dict[str, Model]] = {}
+        self.code = SharedCode(dynamic=False) if self.device.type == "cuda" and args.compile else None
+        self.any_rows = SharedCode()  # of segments for any number of rows, where only images are wanted
         self._features: dict[str, Features] = {}
         self._real: dict[str, Tensor] = {}
         self._full: dict[tuple[str, int], Tensor] = {}
@@ -316,7 +319,7 @@ class Benchmark:
                 found = load_families(self.args.models, self.device, self.dtype, self.args.guidance, self.args.steps, [name])[name]
                 if self.args.compile and self.device.type == "cuda":
                     for model in found.values():
-                        model.compile()
+                        model.compile(self.any_rows)
             self.families[name] = found
         return self.families[name]
 
@@ -559,7 +562,7 @@ class Benchmark:
             rows = len(next(iter(noted[0].values())))
             # Fewer rows run as quarters of the batch.
             sizes = sorted({max(1, rows * k // 4) for k in (1, 2, 3, 4)})
-            runner = ByBlock(self.device, self.device.type == "cuda" and self.args.compile, sizes)
+            runner = ByBlock(self.device, self.code is not None, sizes, code=self.code)
             ready[model.name] = (Whole(model.net, noted[0]), noted, runner, Segments(model.net, runner, noted[0]))
 
     def _time(self, name: str, way: Way, batch: int, ready: dict[str, Any]) -> None:

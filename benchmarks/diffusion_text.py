@@ -19,6 +19,7 @@ from offramp import systems
 from offramp.budget import threshold_for_cost
 from offramp.core.errors import BudgetInfeasible, UnsupportedModel
 from offramp.diffusion import attach_denoiser
+from offramp.engines.capture import Tuning
 from offramp.engines.diffusion.denoise import Denoiser
 from offramp.engines.diffusion.model import layout_of
 from offramp.engines.diffusion.regions import RegionDenoiser
@@ -141,7 +142,8 @@ class TextModel:
         whole = Whole(self.net, noted[0])
         full = partial(self.run, Called(whole, self.net), batch)
         rows = len(noted[0][self.name])
-        runner = ByBlock(self.device, self.device.type == "cuda" and compiled, sorted({max(1, rows // 2), rows}))
+        tuning = Tuning(shared_blocks=True) if self.device.type == "cuda" and compiled else False
+        runner = ByBlock(self.device, tuning, sorted({max(1, rows // 2), rows}))
         for name in names:
             if name == "few-steps":
                 fewer = max(1, self.steps // 2)

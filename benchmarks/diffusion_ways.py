@@ -22,6 +22,7 @@ from train_diffusion import Trained, load_models, places, scheduler_for
 
 from offramp.backbones import Cut, CutState
 from offramp.backbones.graph import Segment
+from offramp.backbones.shared_code import SharedCode
 from offramp.backbones.taps import first_tensor
 from offramp.core.errors import InvalidInput
 from offramp.core.parts import part_from_dict, part_to_dict
@@ -215,11 +216,11 @@ class Drawn:
 
 
 class AnyRows:
-    """A segment compiled with its batch dimensions left open."""
+    """A segment compiled with its batch dimensions left open, as one code with those that are like it."""
 
-    def __init__(self, segment: Segment, made: Cut) -> None:
+    def __init__(self, segment: Segment, made: Cut, code: SharedCode) -> None:
         self._dims = [made.batch_dims.get(n, ()) for n in segment.inputs]
-        self._compiled = torch.compile(segment.module)
+        self._compiled = code.bind(segment.module)
 
     def __call__(self, *given: Tensor) -> tuple[Tensor, ...]:
         for tensor, dims in zip(given, self._dims, strict=True):
@@ -271,10 +272,10 @@ class Model:
             self.module.load_state_dict(self.weights[stage])
             self.worn = stage
 
-    def compile(self) -> None:
-        """Compile every segment of the cut in place, once for any number of rows."""
+    def compile(self, code: SharedCode) -> None:
+        """Compile every segment of the cut in place, once for any number of rows and for all segments that are alike."""
         made = self.net.cut()
-        made.segments = tuple(dataclasses.replace(s, module=AnyRows(s, made)) for s in made.segments)  # type: ignore[arg-type]
+        made.segments = tuple(dataclasses.replace(s, module=AnyRows(s, made, code)) for s in made.segments)  # type: ignore[arg-type]
 
     def noise(self, count: int, seed: int) -> tuple[Tensor, Tensor]:
         """Standard normal noise ``[N, C, H, W]`` float32 and classes ``[N]`` in turn; a row does not depend on N."""
@@ -347,36 +348,12 @@ def model_of(family: Mapping[str, Model], way: Way) -> Model:
 
 
 class ByBlock(Captured):
-    """Captured graphs of segments that are compiled one by one, so that all plans on a model share what was compiled."""
+    """Captured graphs of segments that are compiled once for all that are alike, so that all plans and models share what was compiled."""
 
     @functools.cached_property
     def regions(self) -> CapturedRegions | None:
         """The same for steps of some tokens, of which all settings share the step of all of them; ``None`` (eager) on a CPU."""
         return CapturedRegions(self.device, self.compiled) if self.device.type == "cuda" else None
-
-    def _function(self, cut: Cut, start: int, stop: int, read: tuple[str, ...]) -> tuple[Any, Any]:
-        if stop - start == 1:
-            return super()._function(cut, start, stop, read)
-        key = (cut, start, stop)
-        if key not in self._functions:
-            pieces = []
-            for k in range(start, stop):
-                names = tuple(n for n in cut.names(k) if n in cut.segments[k].inputs)
-                pieces.append((names, cut.made(k, k + 1), super()._function(cut, k, k + 1, names)))
-            made = cut.made(start, stop)
-
-            def chained(which: int) -> Callable[..., tuple[Tensor, ...]]:
-                def run(*given: Tensor) -> tuple[Tensor, ...]:
-                    values = dict(zip(read, given, strict=True))
-                    for names, new, functions in pieces:
-                        values |= zip(new, functions[which](*(values[n] for n in names)), strict=True)
-                    return tuple(values[n] for n in made)
-
-                return run
-
-            self._functions[key] = chained(0), chained(1)
-        found: tuple[Any, Any] = self._functions[key]
-        return found
 
 
 class Counting:

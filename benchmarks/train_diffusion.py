@@ -40,6 +40,7 @@ from PIL import Image
 from torch import Tensor, nn
 from train_lm import OutOfTimeError, rate_at
 
+from offramp.backbones.shared_code import SharedCode
 from offramp.budget.noise_schedule import NoiseBins, published_schedule
 from offramp.core.bundle import load_bundle, save_bundle, write_json
 from offramp.core.errors import InvalidInput
@@ -79,7 +80,6 @@ from offramp.train import (
     noisy_loader,
     read_metrics,
 )
-from offramp.train.shared_code import SharedCode
 
 MODELS = ("flow", "noise", "unet")
 VARIANTS = ("ee", "full", "uniform", "deediff", "latte", "shallow")

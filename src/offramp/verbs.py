@@ -25,6 +25,7 @@ from offramp.core.errors import ArtifactError, InvalidInput
 from offramp.core.protocols import HeadSpec, Rule
 from offramp.core.system import System
 from offramp.core.trace import Trace
+from offramp.engines.capture import Tuning
 from offramp.engines.classify import engine as classify
 from offramp.engines.classify.engine import Runner
 from offramp.engines.classify.modes import Mode
@@ -258,7 +259,7 @@ def _calibrate_diffusion(net: DiffusionModel, target: Any, **options: Any) -> De
 
 
 def _compile_diffusion(
-    net: DiffusionModel, plan: DenoisingPlan | None = None, *, captured: bool | None = None, compiled: bool = False
+    net: DiffusionModel, plan: DenoisingPlan | None = None, *, captured: bool | None = None, compiled: bool | Tuning = False
 ) -> Any:
     """What runs a plan: a pipeline with the user's own call, or for a denoiser alone a `Denoiser`.
 
@@ -266,7 +267,7 @@ def _compile_diffusion(
         net: from `attach`.
         plan: from `calibrate`; by default what calls of ``net`` carry out: the plan found last, or the published settings.
         captured: run the segments as CUDA graphs; by default where the denoiser is on CUDA.
-        compiled: also compile them, which takes minutes at the first call.
+        compiled: also compile them, which takes minutes at the first call; see `offramp.engines.diffusion.graphs.Captured`.
 
     Raises:
         FingerprintMismatch: the plan was made for another denoiser.

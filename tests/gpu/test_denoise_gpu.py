@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from offramp.core.noise import FlowMatching
 from offramp.diffusion import DenoisingNet, attach_denoiser
+from offramp.engines.capture import Tuning
 from offramp.engines.diffusion.denoise import Denoiser
 from offramp.engines.diffusion.graphs import Captured
 from offramp.engines.diffusion.region_graphs import CapturedRegions
@@ -83,9 +84,9 @@ PLANS = {
 }
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, True, Tuning(shared_blocks=True)], ids=["captured", "compiled", "shared code"])
 @pytest.mark.parametrize("plan", PLANS)
-def test_captured_equals_eager(plan: str, compiled: bool) -> None:
+def test_captured_equals_eager(plan: str, compiled: bool | Tuning) -> None:
     made = net()
     eager, captured = Denoiser(made, PLANS[plan]), Denoiser(made, PLANS[plan], run=Captured(DEVICE, compiled=compiled))
     eager.straight = False

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from offramp.backbones import Cut, CutState
+from offramp.backbones.shared_code import SharedCode
 from offramp.backbones.taps import first_tensor
 from offramp.core.errors import InvalidInput
 from offramp.core.modes import evaluating
@@ -36,7 +37,6 @@ from offramp.exits.denoising import DenoisingExit
 from offramp.network import Example, Exit, MultiExit
 from offramp.policies.denoising import OUTPUT, Moment, NoiseLevel, Place, Point, Scheduled
 from offramp.policies.fills import HeadOutput, Identity
-from offramp.train.shared_code import SharedCode
 
 
 def add_heads(net: DenoisingNet, spec: DenoisingExit, at: Sequence[str] | None = None) -> None:

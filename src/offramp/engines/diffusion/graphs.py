@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from offramp.backbones import Cut, CutState
+from offramp.backbones.shared_code import SharedCode
 from offramp.core.errors import InvalidInput
 from offramp.core.noise import noise_share
-from offramp.engines.capture import Graph, Recorder
+from offramp.engines.capture import Graph, Recorder, Tuning
 from offramp.engines.diffusion.straight import Work, weigh
 from offramp.engines.diffusion.trajectory import Memory
 from offramp.policies.fills import Tensors
@@ -86,18 +87,22 @@ class Captured:
 
     Args:
         device: where the denoiser is.
-        compiled: run through ``torch.compile``, for each number of rows by itself.
+        compiled: run through ``torch.compile``, for each number of rows by itself. With ``Tuning(shared_blocks=True)`` segment by segment,
+            once for all that are alike: a fraction of the compile time, for what the compiler would have joined across their borders.
         sizes: numbers of rows to capture besides that of the whole call, ascending; by default powers of two up to an eighth of the whole,
             at least 4, and multiples of that beyond.
         most: graphs that are kept; of more, the oldest are given up.
+        code: compiled code of segments that is shared with others, such as those of other models of the same shape.
     """
 
     device: torch.device
-    compiled: bool = True
+    compiled: bool | Tuning = True
     sizes: Sequence[int] | None = None
     most: int = 256
+    code: SharedCode | None = None
     _spans: dict[Any, _Span] = field(default_factory=dict, repr=False)
     _functions: dict[Any, Any] = field(default_factory=dict, repr=False)
+    _pieces: dict[Any, Callable[..., Any]] = field(default_factory=dict, repr=False)
     _rows: dict[Any, int] = field(default_factory=dict, repr=False)
     _steps: dict[Any, _Step] = field(default_factory=dict, repr=False)
     _rooms: dict[Any, Any] = field(default_factory=dict, repr=False)
@@ -111,9 +116,11 @@ class Captured:
         if self.sizes is not None and (not self.sizes or list(self.sizes) != sorted(set(self.sizes)) or self.sizes[0] < 1):
             raise InvalidInput(f"sizes must be ascending numbers of rows from 1, got {self.sizes}.")
         self.recorder = Recorder(self.device, self.compiled)
+        if self.code is None and self.recorder.compiled and self.recorder.tuning.shared_blocks:
+            self.code = SharedCode(dynamic=False, options=self.recorder.tuning.options() or None)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Captured:
-        return Captured(self.device, self.compiled, self.sizes, self.most)  # graphs are of one model's memory
+        return Captured(self.device, self.compiled, self.sizes, self.most, self.code)  # graphs are of one model's memory
 
     def forget(self) -> None:
         self._spans.clear()
@@ -171,10 +178,17 @@ class Captured:
         """As exported, and compiled."""
         key = (cut, start, stop)
         if key not in self._functions:
-            plain = _function(cut, start, stop, read)
-            self._functions[key] = plain, self.recorder.wrap(plain)
+            plain = _function(cut, start, stop, read, [s.module for s in cut.segments[start:stop]])
+            compiled = self.recorder.wrap(plain) if self.code is None else self._shared(self.code, cut, start, stop, read)
+            self._functions[key] = plain, compiled
         found: tuple[Any, Any] = self._functions[key]
         return found
+
+    def _shared(self, code: SharedCode, cut: Cut, start: int, stop: int, read: tuple[str, ...]) -> Any:
+        for k in range(start, stop):
+            if (cut, k) not in self._pieces:
+                self._pieces[cut, k] = code.bind(cut.segments[k].module)
+        return _function(cut, start, stop, read, [self._pieces[cut, k] for k in range(start, stop)])
 
     def step(self, work: Work, state: CutState, memories: Sequence[Memory], log_snr: float, owner: Any) -> dict[str, Tensor]:
         self._drop_moved(work.cut)
@@ -263,14 +277,14 @@ def _bring(memory: Memory, room: list[dict[str, Tensor]]) -> None:
         memory.snapshots = room[: len(memory.snapshots)]
 
 
-def _function(cut: Cut, start: int, stop: int, read: tuple[str, ...]) -> Any:
+def _function(cut: Cut, start: int, stop: int, read: tuple[str, ...], modules: Sequence[Callable[..., Any]]) -> Any:
     made = cut.made(start, stop)
-    segments = cut.segments[start:stop]
+    parts = list(zip(cut.segments[start:stop], modules, strict=True))
 
     def run(*given: Tensor) -> tuple[Tensor, ...]:
         values = dict(zip(read, given, strict=True))
-        for segment in segments:
-            values |= zip(segment.outputs, segment.module(*(values[n] for n in segment.inputs)), strict=True)
+        for segment, module in parts:
+            values |= zip(segment.outputs, module(*(values[n] for n in segment.inputs)), strict=True)
         return tuple(values[n] for n in made)
 
     return run

@@ -30,7 +30,7 @@ from offramp.backbones.image_tokens import ImageTokens, TokenStore
 from offramp.core.errors import InvalidInput
 from offramp.core.modes import evaluating
 from offramp.diffusion import Call
-from offramp.engines.capture import Graph
+from offramp.engines.capture import Graph, Tuning
 from offramp.engines.diffusion.graphs import Captured
 from offramp.engines.diffusion.region_step import EagerRegions, RegionMemory, RegionRunner, TokenState, TokenStep
 from offramp.engines.diffusion.run import Runner
@@ -111,7 +111,7 @@ class CapturedRegions(RegionRunner):
     """
 
     device: torch.device
-    compiled: bool = True
+    compiled: bool | Tuning = True
     most: int = 64
     _rooms: dict[Any, list[_Room]] = field(default_factory=dict, repr=False)
     _entries: dict[Any, _Entry] = field(default_factory=dict, repr=False)

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -10,8 +12,10 @@ from test_denoise import PLANS, TIMES, draw, trajectory
 from torch import Tensor, nn
 
 from offramp.backbones import cut
+from offramp.backbones.shared_code import SharedCode
 from offramp.core.errors import InvalidInput
 from offramp.diffusion import DenoisingNet
+from offramp.engines.capture import Tuning
 from offramp.engines.diffusion.denoise import Denoiser
 from offramp.engines.diffusion.graphs import Captured
 from offramp.policies.denoising import (
@@ -72,6 +76,34 @@ def test_parts_between_decisions_are_captured_where_a_step_is_not_known_beforeha
     runner.straight = False
     trajectory(runner, *draw(5))
     assert sorted((start, stop, rows) for _, start, stop, rows, _ in run._spans) == [(0, 3, 5), (3, 5, 5), (5, 6, 5)]
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_segments_share_compiled_code(net: DenoisingNet, plan: str) -> None:
+    """As much code as there are kinds of segments, for every plan, whichever parts of the model it runs; another model of the kind too."""
+    made: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Any:
+        made.append(len(inputs))
+        return graph.forward
+
+    code = SharedCode(dynamic=False, backend=backend)
+    x, y = draw(4)
+    run = Captured(CPU, compiled=Tuning(shared_blocks=True), sizes=(4,), code=code)
+    found, wanted = trajectory(Denoiser(net, PLANS[plan], run=run), x, y), trajectory(Denoiser(net, PLANS[plan]), x, y)
+    for got, want in zip(found, wanted, strict=True):
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    kinds, graphs = len(code), len(made)
+    assert 0 < kinds < len(net.cut().segments)
+    again = Captured(CPU, compiled=True, sizes=(4,), code=code)
+    trajectory(Denoiser(net, PLANS[plan], run=again), x, y)
+    assert (len(code), len(made)) == (kinds, graphs)
+
+
+def test_shared_code_is_asked_for_by_a_tuning() -> None:
+    assert Captured(CPU, compiled=True).code is None is Captured(CPU, compiled=False).code
+    asked = Captured(CPU, compiled=Tuning(shared_blocks=True, max_autotune=True)).code
+    assert asked is not None and asked.options == {"dynamic": False, "options": {"max_autotune": True}}
 
 
 KNOWN = {

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from denoisers import BLOCKS, PLACES, UViT, attached, batch, dit, loud
 from torch import Tensor, fx, nn
 
+from denoisers import BLOCKS, PLACES, UViT, attached, batch, dit, loud
+from offramp.backbones.shared_code import SharedCode
 from offramp.core.errors import InvalidInput
 from offramp.core.noise import FlowMatching
 from offramp.diffusion import DenoisingNet, attach_denoiser
@@ -33,7 +34,6 @@ from offramp.train import (
     layer_groups,
     noisy_loader,
 )
-from offramp.train.shared_code import SharedCode
 
 ROWS = 8
 EDGES = (-1.0, 1.0)
