@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from denoisers import BLOCKS, PLACES, UViT, attached, batch, loud
 from torch import Tensor, nn
 
+from denoisers import BLOCKS, PLACES, UViT, attached, batch, loud
 from offramp.core.errors import InvalidInput
 from offramp.core.noise import FlowMatching
 from offramp.core.parts import part_from_dict, part_to_dict
