@@ -40,10 +40,12 @@ PROCESSORS = 132
 """Multiprocessors of a device that is not there to be asked, as where the kernel is interpreted."""
 
 
-@functools.cache
+_TRITON = importlib.util.find_spec("triton") is not None  # looked for once, and not in what a compiler traces
+
+
 def kernel_available() -> bool:
     """Whether Triton is installed."""
-    return importlib.util.find_spec("triton") is not None
+    return _TRITON
 
 
 def wants_kernel(device: torch.device, queries: int, width: int) -> bool:
