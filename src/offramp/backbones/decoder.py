@@ -144,6 +144,7 @@ class _SharedBlocks:
             keys, values = [step.cache.keys[k] for k in some], [step.cache.values[k] for k in some]
             if any(buffer is None for buffer in (*keys, *values)):
                 raise InvalidInput(f"Blocks {some.start} to {some.stop - 1} have not run yet; prefill runs every block on the prompt.")
+            # Not the step as it is: its cache holds all blocks' buffers, and code that has seen them is code for these.
             given = (step.positions, step.slots, step.length, step.rotary, step.masks)
             hidden = self._code(model, [model.blocks[k] for k in some], about, hidden, given, keys, values)
         return hidden
