@@ -244,8 +244,7 @@ class Decoder:
                     f"Block {len(self.blocks)} of {name} has no attention among {', '.join(_ATTENTIONS)} that reads `config` and knows its "
                     "`layer_idx`, so that its cache cannot be ours."
                 )
-            # Which block it is our caches know: with one number for all, the code of equal blocks is equal.
-            self.blocks.append(_seen_through(block, **{attention[0]: _seen_through(attention[1], config=ours, layer_idx=0)}))
+            self.blocks.append(_seen_through(block, **{attention[0]: _seen_through(attention[1], config=ours)}))
             self.windows.append(_window(attention[1], config))
             self._keyword = "layer_past" if attention[0] == "attention" else "past_key_values"
         self._seen = self._parts()
@@ -386,7 +385,11 @@ class Decoder:
     def sharing(self, compiled: Callable[[Callable[..., Any]], Callable[..., Any]], at_a_time: int) -> Decoder:
         """This decoder with its blocks compiled ``at_a_time``, once for all that are alike: `run` then wants a step that is prepared."""
         made = copy.copy(self)
-        made._shared = _SharedBlocks(compiled, at_a_time)
+        made._shared, made.blocks = _SharedBlocks(compiled, at_a_time), []
+        for block in self.blocks:  # which one it is the cache is told: with one number for all, code of equal blocks is equal
+            attention = _first(block, _ATTENTIONS)
+            views = {} if attention is None else {attention[0]: _seen_through(attention[1], layer_idx=0)}
+            made.blocks.append(_seen_through(block, **views))
         return made
 
     def _rotation(self, hidden: Tensor, step: Step, kind: str | None) -> Any:

@@ -59,10 +59,22 @@ def test_dtype_and_device_are_those_of_what_is_written() -> None:
 
 
 def test_writer_answers_with_what_may_be_read() -> None:
-    cache = KVCache(1, 1, 8)
-    Writer(cache, torch.tensor([[0, 1]]), 4).update(torch.ones(1, 1, 2, 2), torch.ones(1, 1, 2, 2), 0)
-    keys, values = Writer(cache, torch.tensor([[2]]), 4).update(2 * torch.ones(1, 1, 1, 2), 3 * torch.ones(1, 1, 1, 2), 0, cache_kwargs={})
+    cache = KVCache(2, 1, 8)
+    first, then = Writer(cache, 1, torch.tensor([[0, 1]]), 4), Writer(cache, 1, torch.tensor([[2]]), 4)
+    first.update(torch.ones(1, 1, 2, 2), torch.ones(1, 1, 2, 2), 0)
+    keys, values = then.update(2 * torch.ones(1, 1, 1, 2), 3 * torch.ones(1, 1, 1, 2), 0, cache_kwargs={})
     assert keys[0, 0, :, 0].tolist() == [1, 1, 2, 0] and values[0, 0, :, 0].tolist() == [1, 1, 3, 0]
+    assert cache.keys[0] is None, "the writer's block, not that of the attention"
+
+
+def test_a_cache_of_buffers_that_are_there() -> None:
+    whole = KVCache(3, 2, 4)
+    for block in range(3):
+        whole.write(block, torch.full((2, 1, 1, 2), float(block)), torch.ones(2, 1, 1, 2), torch.zeros(2, 1, dtype=torch.int64))
+    some = KVCache.holding(whole.keys[1:], whole.values[1:])
+    assert (some.rows, some.slots, len(some.keys)) == (2, 4, 2)
+    some.write(1, torch.full((2, 1, 1, 2), 7.0), torch.ones(2, 1, 1, 2), torch.ones(2, 1, dtype=torch.int64))
+    assert whole.read(2, 2)[0][0, 0, :, 0].tolist() == [2, 7]
 
 
 @pytest.mark.parametrize("sizes", [(0, 1, 1), (1, 0, 1), (1, 1, 0)])
