@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,7 @@ class Images:
         return reproduce_images.measure_on(self.benches[key], name, settings)
 
 
-KINDS: Mapping[str, Callable[[str, str | None, Say], Texts | Images]] = {"text": Texts, "images": Images}
+KINDS: Mapping[str, type[Texts] | type[Images]] = {"text": Texts, "images": Images}
 
 
 def as_json(value: Any) -> Any:
@@ -100,16 +100,13 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=HERE / "results")
     args = parser.parse_args()
 
-    def shared() -> Texts | Images:
-        return KINDS[args.kind](args.device, args.data, lambda text: print(text, flush=True))
-
-    how = shared().how
+    how = KINDS[args.kind].how
     names = args.names or [n for n in systems.list_systems() if systems.load_card(n).engine == how.engine]
     settings = {n: how.settings.load(args.configs / f"{n}.toml", args.variant) for n in names}
     paths = {n: args.results / f"{n}--{args.variant}--{args.device.partition(':')[0]}.json" for n in names}
     failed = 0
     for seed in args.seeds or max((s.seeds for s in settings.values()), key=len):
-        here = shared()
+        here = KINDS[args.kind](args.device, args.data, lambda text: print(text, flush=True))
         for name in names:
             before = earlier(paths[name], settings[name])
             if seed in {s["seed"] for s in before}:

@@ -20,7 +20,7 @@ def loud(model: nn.Module, std: float = 0.1) -> nn.Module:
         for p in model.parameters():
             if p.ndim > 1:
                 p.copy_(torch.randn(p.shape, generator=generator) * std)
-    return model
+    return model.eval()
 
 
 class _Block(nn.Module):

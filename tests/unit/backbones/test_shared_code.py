@@ -68,7 +68,7 @@ def train(
 
 def uvit() -> DenoisingNet:
     torch.manual_seed(0)
-    return attach_denoiser(loud(UViT(), 0.2).eval(), PLACES["uvit"], noise=FlowMatching(), example=batch(2))
+    return attach_denoiser(loud(UViT(), 0.2), PLACES["uvit"], noise=FlowMatching(), example=batch(2))
 
 
 def test_equal_blocks_are_compiled_once_for_all_stages() -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from denoisers import loud
 from offramp.backbones.streams import image_streams
 from offramp.backbones.taps import Stream, Taps
 from offramp.core.errors import NotCuttable
@@ -134,17 +135,8 @@ def test_one_stream_is_read_as_ever() -> None:
 # ---- models of diffusers -------------------------------------------------------------------------------------------------
 
 
-def _loud(model: nn.Module) -> nn.Module:
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.ndim > 1:
-                p.copy_(torch.randn(p.shape, generator=generator) * 0.1)
-    return model.eval()
-
-
 def sd3() -> nn.Module:
-    return _loud(
+    return loud(
         diffusers.SD3Transformer2DModel(
             sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=3, joint_attention_dim=32, caption_projection_dim=32,
             pooled_projection_dim=24, **HEADS,
@@ -153,7 +145,7 @@ def sd3() -> nn.Module:
 
 
 def flux() -> nn.Module:
-    return _loud(
+    return loud(
         diffusers.FluxTransformer2DModel(
             patch_size=1, in_channels=4, num_layers=1, num_single_layers=2, joint_attention_dim=32, pooled_projection_dim=24,
             axes_dims_rope=(4, 4, 8), **HEADS,
@@ -246,7 +238,7 @@ def test_learned_exits_read_the_image_and_answer_it_for_any_number_of_text_token
 
 
 def test_groups_of_layers_run_where_text_and_time_are_embedded_after_the_image() -> None:
-    model = _loud(
+    model = loud(
         diffusers.PixArtTransformer2DModel(
             in_channels=4, out_channels=8, num_layers=4, sample_size=8, patch_size=2, cross_attention_dim=32, caption_channels=32,
             use_additional_conditions=False, **HEADS,

@@ -73,6 +73,7 @@ def test_a_failure_costs_its_own_seed_only_and_a_second_call_makes_what_is_missi
     assert "nothing but a test" in capsys.readouterr().err
     assert (seeds(tmp_path, "ee-diffusion"), seeds(tmp_path, "deepcache")) == ([0, 1], [0])
     assert Fake.asked == [(n, s) for s in (0, 1) for n in ("ee-diffusion", "deepcache")]
+    assert len(Fake.made) == 2, "what systems share is of one seed"
     Fake.asked = []
     assert run("--seeds", "2", "1") == 1
     assert Fake.asked == [("ee-diffusion", 2), ("deepcache", 2), ("deepcache", 1)], "the others are there"

@@ -8,18 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from denoisers import loud
 from offramp.core.noise import FlowMatching
 from offramp.diffusion import DenoisingNet, attach_denoiser
-
-
-def loud(model: nn.Module, std: float = 0.1) -> nn.Module:
-    """Weights that make skipping visible; zero-initialised gates would hide it."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.ndim > 1:
-                p.copy_(torch.randn(p.shape, generator=generator) * std)
-    return model.eval()
 
 
 def dit(layers: int = 4) -> nn.Module:

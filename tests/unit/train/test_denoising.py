@@ -71,7 +71,7 @@ def nets() -> Callable[[str], DenoisingNet]:
 def fresh() -> DenoisingNet:
     """A U-ViT to train; cutting it costs little."""
     torch.manual_seed(0)
-    return attach_denoiser(loud(UViT(), 0.2).eval(), PLACES["uvit"], noise=FlowMatching(), example=batch(2))
+    return attach_denoiser(loud(UViT(), 0.2), PLACES["uvit"], noise=FlowMatching(), example=batch(2))
 
 
 def shapes(count: int = 64) -> tuple[Tensor, Tensor]:
@@ -382,7 +382,7 @@ def test_a_plan_and_a_shallow_schedule_learn_what_they_run(tmp_path: Path) -> No
 def learned_variance() -> DenoisingNet:
     """A U-ViT that answers a prediction of 3 channels and then a variance of 3."""
     torch.manual_seed(0)
-    return attach_denoiser(loud(UViT(channels=6), 0.2).eval(), PLACES["uvit"], noise=FlowMatching(), example=batch(2))
+    return attach_denoiser(loud(UViT(channels=6), 0.2), PLACES["uvit"], noise=FlowMatching(), example=batch(2))
 
 
 def test_exits_of_a_learned_variance_answer_the_prediction_and_the_middle_of_the_variances_bounds() -> None:

@@ -196,12 +196,11 @@ class TextGenerator:
         """
         if rows < 1 or tokens < 2:
             raise InvalidInput(f"rows must be at least 1 and tokens at least 2, got {rows} and {tokens}.")
-        made = self.captures
+        before = [k.rounds for k in self.kept.all]
         self.generate([[0] * (tokens - 1)] * rows, max_new_tokens=1, **asked)
-        if self.captures > made:
-            rounds = self.kept.all[-1].rounds
+        for kept in [k for k in self.kept.all if k.rounds not in before]:  # several, where the rows are more than are written at a time
             for width in widths(tokens - 1)[:-1]:
-                rounds.generate([[0] * width] * min(rows, self.max_rows), 1)
+                kept.rounds.generate([[0] * width], 1)  # rows without a text run along
 
     # How it is done ----------------------------------------------------------------------------------------------------------
 

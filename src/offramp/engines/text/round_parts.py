@@ -45,12 +45,13 @@ class Round(ABC):
         self.count = torch.zeros(7, dtype=torch.int64, device=self.device)
         self.passes = torch.zeros((), dtype=torch.int64, device=self.device)
         wrap = recorder.wrap
-        self._embed, self._place, self._logits = self._embedded, self._placed, model.logits
-        self._shallow, self._deep = wrap(self._run_shallow), wrap(self._run_deep)
         if recorder.compiled and recorder.tuning.shared_blocks:
             self.model = model.sharing(wrap, _at_a_time(self.depth, len(model)))
             self._embed, self._place, self._logits = wrap(self._embedded), wrap(self._placed), wrap(model.logits)
             self._shallow, self._deep = self._run_shallow, self._run_deep
+        else:
+            self._embed, self._place, self._logits = self._embedded, self._placed, model.logits
+            self._shallow, self._deep = wrap(self._run_shallow), wrap(self._run_deep)
 
     @abstractmethod
     def run(self, length: int) -> None:

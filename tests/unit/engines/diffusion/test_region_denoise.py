@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from denoise_models import autoencoder, dit, loud, pixart, schedulers, sd3, unet
+from denoise_models import autoencoder, dit, pixart, schedulers, sd3, unet
 from torch import Tensor, nn
 
+from denoisers import loud
 from offramp.backbones import diffusers as library
 from offramp.backbones.image_tokens import ImageTokens, prediction
 from offramp.core.errors import BudgetInfeasible, InvalidInput, NoEffectWarning, UnsupportedModel

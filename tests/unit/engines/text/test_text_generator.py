@@ -171,6 +171,9 @@ def test_prepared_is_not_captured_again(lm):
     assert run.captures == 2 and [k.need.slots for k in run.kept.all] == [256, 768]
     run.generate(prompts((3, 4)), max_new_tokens=300)  # between the two, and the longer ones serve it
     assert run.captures == 2
+    many = TextGenerator(lm, Verify(2), captured=True, max_rows=2)
+    many.prepare(rows=3, tokens=40)  # two and one
+    assert [(k.need.rows, len(k.rounds.prompt._graphs)) for k in many.kept.all] == [(2, 3), (1, 3)]
     with pytest.raises(InvalidInput, match="tokens at least 2"):
         run.prepare(tokens=1)
 
