@@ -559,10 +559,7 @@ class Benchmark:
             noted: list[dict[str, Any]] = []
             called = Called(model.module, model.net, noted)
             model.sample(called, Way("", "", model.name, self.args.steps), noise, labels)
-            rows = len(next(iter(noted[0].values())))
-            # Fewer rows run as quarters of the batch.
-            sizes = sorted({max(1, rows * k // 4) for k in (1, 2, 3, 4)})
-            runner = ByBlock(self.device, self.code is not None, sizes, code=self.code)
+            runner = ByBlock(self.device, self.code is not None, code=self.code)
             ready[model.name] = (Whole(model.net, noted[0]), noted, runner, Segments(model.net, runner, noted[0]))
 
     def _time(self, name: str, way: Way, batch: int, ready: dict[str, Any]) -> None:
@@ -589,9 +586,9 @@ class Benchmark:
             if counting is not None:
                 functions["full calls"] = partial(_each, whole, full_calls, None)
                 functions["calls"] = partial(_each, denoiser, noted, called.times)
-                counting.rows = [0] * len(counting.rows)
+                counting.counts = [0] * len(counting.counts)
                 functions["calls"]()
-                ran = list(counting.rows)
+                ran = list(counting.counts)
                 functions["segments"] = segments
         done = compare(functions, reference="full", warmup=1, repeats=self.args.repeats, device=self.device)
         ms = {n: t.median_ms for n, t in done.timings.items()}

@@ -35,9 +35,10 @@ from offramp.engines.diffusion.pipeline import sample
 from offramp.engines.diffusion.region_graphs import CapturedRegions
 from offramp.engines.diffusion.regions import RegionDenoiser
 from offramp.engines.diffusion.report import Report
+from offramp.engines.diffusion.rows import Rows
 from offramp.engines.diffusion.run import Runner
 from offramp.engines.diffusion.straight import Work
-from offramp.engines.diffusion.trajectory import Memory
+from offramp.engines.diffusion.trajectory import Host, Memory
 from offramp.policies.denoising import DENOISING_PARTS, Chance, Point, Scheduled
 from offramp.policies.skips import Layout
 from offramp.reduce import regions as token_regions
@@ -360,25 +361,31 @@ class Counting:
     """A runner that counts, for every segment, the rows that it was run for.
 
     Attributes:
-        rows: by segment; rows that a graph computes along are not counted.
+        counts: by segment; rows that a graph computes along are not counted.
     """
 
     def __init__(self, inner: Runner, segments: int) -> None:
-        self.inner, self.rows = inner, [0] * segments
+        self.inner, self.counts = inner, [0] * segments
 
-    @property
-    def reuses(self) -> bool:
-        return self.inner.reuses
+    def forget(self) -> None:
+        self.inner.forget()
 
-    def __call__(self, cut: Cut, state: CutState, stop: int) -> CutState:
-        for k in range(state.at, stop):
-            self.rows[k] += state.rows
-        return self.inner(cut, state, stop)
+    def rows(self, *args: Any) -> Rows:
+        made = self.inner.rows(*args)
+        run = made.run
+
+        def counted(rows: Host, start: int, stop: int) -> None:
+            for k in range(start, stop):
+                self.counts[k] += len(rows)
+            run(rows, start, stop)
+
+        made.run = counted  # type: ignore[method-assign]
+        return made
 
     def step(self, work: Work, state: CutState, memories: Sequence[Memory], log_snr: float, owner: Any) -> dict[str, Tensor]:
         for start, stop in work.path.spans:
             for k in range(start, stop):
-                self.rows[k] += work.rows
+                self.counts[k] += work.rows
         return self.inner.step(work, state, memories, log_snr, owner)
 
 
@@ -423,7 +430,7 @@ class Segments:
             for k, segment in enumerate(self.cut.segments):
                 given = [state.values[n].clone() for n in segment.inputs]
                 read = tuple(n for n in self.cut.names(k) if n in segment.inputs)
-                made = segment.module if runner is None else runner._function(self.cut, k, k + 1, read)[1]
+                made = segment.module if runner is None else runner.function(self.cut, k, k + 1, read)[1]
                 ordered = given if runner is None else [given[segment.inputs.index(n)] for n in read]
                 recorder = Recorder(self.device, False) if runner is None else runner.recorder
                 graph = recorder.graph(lambda made=made, ordered=ordered: made(*ordered))  # type: ignore[misc]

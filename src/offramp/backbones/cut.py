@@ -186,12 +186,18 @@ class Cut:
 
     def take(self, state: CutState, rows: Tensor) -> CutState:
         """The state of the given rows (int64 ``[R]`` on the state's device), in that order."""
-        values = {}
-        for name, value in state.values.items():
-            for dim in self.batch_dims.get(name, ()):
-                value = _select(value, dim, rows)
-            values[name] = value
+        values = {name: self.select(name, value, rows) for name, value in state.values.items()}
         return CutState(values, int(rows.numel()), state.at, self._hidden(values, state.at))
+
+    def select(self, name: str, value: Tensor, rows: Tensor) -> Tensor:
+        """Rows (int64 ``[R]`` on its device) of one live tensor, in that order; the tensor itself if it is the same for every row."""
+        for dim in self.batch_dims.get(name, ()):
+            value = _select(value, dim, rows)
+        return value
+
+    def hidden_name(self, boundary: int) -> str | None:
+        """Name of the tensor that an exit reads at a boundary; ``None`` before the first and after the last segment."""
+        return str(self.segments[boundary - 1].hidden) if 0 < boundary < len(self.segments) else None
 
     def names(self, boundary: int) -> tuple[str, ...]:
         """Names of the tensors live at a boundary: the inputs at 0, the flat outputs at the number of segments.
@@ -267,7 +273,8 @@ class Cut:
         return CutState(values, sum(s.rows for s in states), at, self._hidden(values, at))
 
     def _hidden(self, values: Mapping[str, Any], boundary: int) -> Tensor | None:
-        return values[str(self.segments[boundary - 1].hidden)] if 0 < boundary < len(self.segments) else None
+        name = self.hidden_name(boundary)
+        return None if name is None else values[name]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The whole model: begin, run everything, end."""

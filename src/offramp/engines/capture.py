@@ -89,14 +89,39 @@ class Recorder:
         self.tuning = compiled if isinstance(compiled, Tuning) else Tuning()
         self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
-    def wrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        return torch.compile(function, dynamic=False, options=self.tuning.options() or None) if self.compiled else function
+    def wrap(self, function: Callable[..., Any], dynamic: bool = False) -> Callable[..., Any]:
+        return torch.compile(function, dynamic=dynamic, options=self.tuning.options() or None) if self.compiled else function
 
     def graph(self, function: Callable[[], object]) -> Graph:
         # All stages and sizes share one code object, and the compiler limits the versions of it.
         limits: dict[str, Any] = {"recompile_limit": 1024, "accumulated_recompile_limit": 4096}
         with torch._dynamo.config.patch(limits) if self.compiled else contextlib.nullcontext():
             return Graph(function, self.device, self.pool)
+
+
+class Arriving:
+    """Numbers on their way to the host: whoever reads them waits for what made them, and not for what was launched since.
+
+    Args:
+        values: of any shape; may be written over once this returns.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        self._arrived: torch.cuda.Event | None = None
+        if values.device.type != "cuda":
+            self._values = values.clone()
+            return
+        self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        self._values.copy_(values, non_blocking=True)
+        self._arrived = torch.cuda.Event()
+        self._arrived.record(torch.cuda.current_stream(values.device))
+
+    def read(self) -> list[Any]:
+        """They."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        found: list[Any] = self._values.tolist()
+        return found
 
 
 class Mailbox:

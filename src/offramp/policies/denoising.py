@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -164,18 +165,25 @@ class Chance(Scheduled):
     needs_keys = True
 
     def known(self, moment: Moment, place: int) -> list[float]:
-        return [_uniform(self.seed, key, step, place) for key, step in zip(moment.keys, moment.step, strict=True)]
+        keys = np.array([k & _ALL for k in moment.keys], dtype=np.uint64)
+        found: list[float] = _uniform(self.seed, keys, np.array(moment.step), place).tolist()
+        return found
 
 
-def _uniform(*numbers: int) -> float:
-    """A number in [0, 1) from integers (SplitMix64, Steele et al. 2014)."""
-    state = 0
-    for number in numbers:
-        state = (state ^ (number & 0xFFFFFFFFFFFFFFFF)) + 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
-        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
-        state = (state ^ state >> 27) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
-        state ^= state >> 31
-    return (state >> 11) / (1 << 53)
+_ALL = 0xFFFFFFFFFFFFFFFF
+
+
+def _uniform(*numbers: Any) -> Any:
+    """Numbers in [0, 1) from integers, each one or an array of them (SplitMix64, Steele et al. 2014)."""
+    state = np.zeros(1, dtype=np.uint64)
+    with np.errstate(over="ignore"):
+        for number in numbers:
+            given = number.astype(np.uint64) if isinstance(number, np.ndarray) else np.uint64(number & _ALL)
+            state = (state ^ given) + np.uint64(0x9E3779B97F4A7C15)
+            state = (state ^ state >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+            state = (state ^ state >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+            state = state ^ state >> np.uint64(31)
+    return (state >> np.uint64(11)) / float(1 << 53)
 
 
 def _size(tensor: Tensor) -> Tensor:

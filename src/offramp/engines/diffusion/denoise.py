@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -28,7 +29,7 @@ from offramp.engines.diffusion.report import Report, StepRecord
 from offramp.engines.diffusion.run import Eager, Runner
 from offramp.engines.diffusion.step import Walk
 from offramp.engines.diffusion.straight import Work, is_straight, note, straight_path
-from offramp.engines.diffusion.trajectory import Branch, Trajectory
+from offramp.engines.diffusion.trajectory import Branch, Host, Trajectory
 from offramp.engines.diffusion.unchanged import Structure
 from offramp.engines.turn import Turn
 from offramp.policies.denoising import Moment, Point
@@ -189,23 +190,26 @@ class Denoiser(nn.Module):
             times, final = self._times(call)
             log_snr = self._log_snr(times)
             branch, why = self.trajectory.enter(times, log_snr, call.key, [p.point.fill.keeps for p in points])
-            moment = Moment(log_snr, branch.step, self.trajectory.branch, self._keys(branch, sample))
+            moment = Moment(log_snr, branch.step.tolist(), self.trajectory.branch, self._keys(branch, sample))
             if self.trajectory.step == 0 and self.trajectory.branch == 0:
                 self._check()
                 self._records.clear()
             record = StepRecord(self.trajectory.branch, self.trajectory.step, log_snr, made.spec.flops)
             state = made.begin(**call.kwargs)
-            last = len(made.segments)
+            owner = (self, self.trajectory.branch)
             if self.straight and is_straight(points, branch, moment, final):
-                path = straight_path(points, last, branch, moment, final[0], why)
+                path = straight_path(points, len(made.segments), branch, moment, final, why)
                 work = Work(made, points, path, call.rows)
-                values = self.run.step(work, state, branch.memories, log_snr[0], (self, self.trajectory.branch))
-                state = replace(state, values=values, at=last)
+                values = self.run.step(work, state, branch.memories, log_snr[0], owner)
                 note(record, work)
                 for index, memory in enumerate(branch.memories):
-                    memory.skipped([] if index in path.stored else range(call.rows))
+                    if index not in path.stored:
+                        memory.skipped(slice(None))
             else:
-                state = Walk(made, points, branch, moment, sample, final, why, self.run, record, self.observe).all(state)
+                rows = self.run.rows(made, points, state.values, sample, log_snr, owner)
+                Walk(made, points, branch, moment, final, why, rows, record, self.observe).all()
+                values = rows.outputs()
+            state = replace(state, values=values, at=len(made.segments))
             output = made.end(state)
             self._records.append(record)
             self._peak = max(self._peak, self.trajectory.cache_bytes)
@@ -226,7 +230,7 @@ class Denoiser(nn.Module):
             self._levels |= zip(missing, self.noise.log_snr(torch.tensor(missing, dtype=torch.float64)).tolist(), strict=True)
         return [self._levels[t] for t in times]
 
-    def _times(self, call: Call) -> tuple[list[float], list[bool]]:
+    def _times(self, call: Call) -> tuple[list[float], Host]:
         """Every row's timestep on the host, read from the sampler's list where it is an entry of it, and whether it is the row's last."""
         if self._host is None and self._schedule is not None:
             listed = self._schedule() if callable(self._schedule) else self._schedule
@@ -240,18 +244,18 @@ class Denoiser(nn.Module):
             times = [float(t) for t in given.reshape(-1).tolist()]
             times = times * call.rows if len(times) == 1 else times
         if self._host is None:
-            return times, [False] * call.rows
+            return times, np.zeros(call.rows, dtype=bool)
         ends = self._host[1]
         each: list[Any] = [e[-1] for e in ends] if ends and isinstance(ends[0], list) else [ends[-1]] * call.rows  # type: ignore[index]
         each = each if len(each) == call.rows else each * (call.rows // len(each))
         last = {pair: math.isclose(*pair, rel_tol=1e-6, abs_tol=1e-9) for pair in set(zip(times, each, strict=True))}
-        return times, [last[pair] for pair in zip(times, each, strict=True)]
+        return times, np.array([last[pair] for pair in zip(times, each, strict=True)])
 
     def _keys(self, branch: Branch, sample: Tensor) -> list[int]:
         """A number of every row from its first input, if a signal asks for it."""
         if not any(getattr(p.signal, "needs_keys", False) for p in self.points):
             return []
-        anew = [r for r, s in enumerate(branch.step) if s == 0]
+        anew = np.flatnonzero(branch.step == 0).tolist()
         if len(branch.keys) != len(branch.step):
             branch.keys = [0] * len(branch.step)
         if anew:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from offramp.backbones.image_tokens import ImageTokens, TokenStore, prediction, take_rows
 from offramp.diffusion import Call
+from offramp.engines.capture import Arriving
 from offramp.engines.diffusion.trajectory import Memory
 from offramp.reduce.regions import Regions
 
@@ -66,31 +67,6 @@ class TokenState:
         return TokenState(TokenStore([t.clone() for t in self.store.kept]), *(t.clone() for t in self.tensors[-3:]))
 
 
-class Flags:
-    """A flag of every row on its way to the host: whoever reads them waits for what made them, and not for what was launched since.
-
-    Args:
-        values: bool ``[B]``; may be written over once this returns.
-    """
-
-    def __init__(self, values: Tensor) -> None:
-        self._arrived: torch.cuda.Event | None = None
-        if values.device.type != "cuda":
-            self._values = values.clone()
-            return
-        self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-        self._values.copy_(values, non_blocking=True)
-        self._arrived = torch.cuda.Event()
-        self._arrived.record(torch.cuda.current_stream(values.device))
-
-    def read(self) -> list[bool]:
-        """One for each row."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        found: list[bool] = self._values.tolist()
-        return found
-
-
 @dataclass
 class RegionMemory(Memory):
     """Of one guidance branch.
@@ -103,7 +79,7 @@ class RegionMemory(Memory):
 
     state: TokenState | None = None
     level: tuple[float, ...] = ()
-    flags: Flags | None = None
+    flags: Arriving | None = None
 
     @property
     def held(self) -> TokenState:

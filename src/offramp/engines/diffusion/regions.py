@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
@@ -30,13 +31,14 @@ from offramp.core.flops import counter
 from offramp.core.noise import NoiseScale
 from offramp.core.warn import warn
 from offramp.diffusion import Call, DenoisingNet, uncut_denoiser
+from offramp.engines.capture import Arriving
 from offramp.engines.diffusion.denoise import Denoiser
 from offramp.engines.diffusion.pipeline import pipeline_view
 from offramp.engines.diffusion.region_graphs import region_runner
-from offramp.engines.diffusion.region_step import Flags, RegionMemory, RegionRunner, TokenStep
+from offramp.engines.diffusion.region_step import RegionMemory, RegionRunner, TokenStep
 from offramp.engines.diffusion.report import Report, StepRecord
 from offramp.engines.diffusion.run import Runner
-from offramp.engines.diffusion.trajectory import Branch, on_device
+from offramp.engines.diffusion.trajectory import Branch, Host, on_device
 from offramp.reduce.regions import Regions, token_grid
 
 
@@ -136,9 +138,9 @@ class RegionDenoiser(Denoiser):
                 if again:
                     record.reasons[0, "not finite"] += len(again)
                     output = self._run(form, call, memory, form.tokens, again, record, output)
-            memory.flags = Flags(memory.held.broken)
+            memory.flags = Arriving(memory.held.broken)
             memory.level = tuple(log_snr)
-            memory.noise = [[x] for x in log_snr]
+            memory.note(slice(None), np.asarray(log_snr))
             if self.observe:
                 self.maps[record.branch, record.step] = memory.held.waited == 0
             self._records.append(record)
@@ -149,16 +151,16 @@ class RegionDenoiser(Denoiser):
         return tuple(output.values()) if isinstance(output, Mapping) else output if isinstance(output, tuple) else (output,)
 
     def _counts(
-        self, form: _Form, branch: Branch, memory: RegionMemory, log_snr: list[float], final: list[bool], why: str, record: StepRecord
+        self, form: _Form, branch: Branch, memory: RegionMemory, log_snr: list[float], final: Host, why: str, record: StepRecord
     ) -> list[int]:
         """How many tokens every row computes, as far as that is known beforehand; rows that stand alike compute as many."""
         found: dict[Any, tuple[int, str]] = {}
         counts = []
-        for row, level in enumerate(log_snr):
-            known = bool(memory.noise[row])
-            stands = (known, branch.step[row], memory.level[row] if known else -math.inf, level, final[row])
+        each = zip(log_snr, memory.known.tolist(), branch.step.tolist(), final.tolist(), strict=True)
+        for row, (level, known, step, last) in enumerate(each):
+            stands = (known, step, memory.level[row] if known else -math.inf, level, last)
             if stands not in found:
-                reason = "" if known else why or ("first" if branch.step[row] == 0 else "missing")
+                reason = "" if known else why or ("first" if step == 0 else "missing")
                 reason = reason or self.regions.must(*stands[1:])
                 count = form.tokens if reason else self.regions.count(form.tokens, level)
                 found[stands] = count, reason or ("all" if count == form.tokens else "")
@@ -175,10 +177,9 @@ class RegionDenoiser(Denoiser):
         step = replace(form.step, regions=self.regions, k=None if k == form.tokens else k)
         flops = self._flops(form, call, k)
         made = self.runner(step, call, memory, index)
-        for r in rows:
-            record.depth[r] = self.image_tokens.blocks
-            record.flops[r] = flops
-            record.fired[r] = [] if k == form.tokens else [0]
+        record.depth[rows] = self.image_tokens.blocks
+        record.flops[rows] = flops
+        record.fired[rows] = -1 if k == form.tokens else 0
         return made if index is None else _placed(before, made, index, call.rows)
 
     def _form(self, call: Call) -> _Form:

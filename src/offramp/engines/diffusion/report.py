@@ -9,13 +9,16 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from offramp.engines.diffusion.trajectory import Host
 
 
 @dataclass
 class StepRecord:
-    """One call. Lists have one entry per row.
+    """One call. Arrays have one entry per row.
 
     Attributes:
         branch: guidance branch.
@@ -24,9 +27,8 @@ class StepRecord:
         full: FLOPs per row of the whole model.
         depth: segments that ran.
         flops: executed, heads included.
-        fired: points that fired, by number.
+        fired: number of the first point that fired; -1 = none.
         reasons: how often each (point, reason) decided.
-        stored: rows that each point remembered.
         scores: (point, rows, score) of measured signals, if they are observed.
     """
 
@@ -34,22 +36,23 @@ class StepRecord:
     step: int
     log_snr: list[float]
     full: int
-    depth: list[int] = field(default_factory=list)
-    flops: list[int] = field(default_factory=list)
-    fired: list[list[int]] = field(default_factory=list)
     reasons: Counter[tuple[int, str]] = field(default_factory=Counter)
-    stored: dict[int, set[int]] = field(default_factory=dict)
-    scores: list[tuple[int, tuple[int, ...], Tensor]] = field(default_factory=list)
+    scores: list[tuple[int, Host, Tensor]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         rows = len(self.log_snr)
-        self.depth, self.flops, self.fired = [0] * rows, [0] * rows, [[] for _ in range(rows)]
+        self.depth: Host = np.zeros(rows, dtype=np.int64)
+        self.flops: Host = np.zeros(rows, dtype=np.int64)
+        self.fired: Host = np.full(rows, -1)
 
-    def spend(self, rows: Sequence[int], depth: int, flops: int) -> None:
+    def spend(self, rows: Host | slice, depth: int, flops: int) -> None:
         """Count what some rows ran."""
-        for r in rows:
-            self.depth[r] += depth
-            self.flops[r] += flops
+        self.depth[rows] += depth
+        self.flops[rows] += flops
+
+    def fire(self, rows: Host | slice, point: int) -> None:
+        """A point fired for some rows."""
+        self.fired[rows] = np.where(self.fired[rows] < 0, point, self.fired[rows])
 
 
 @dataclass(frozen=True)
@@ -105,12 +108,12 @@ class Report:
         for record in records:
             column, start = steps.index(record.step), starts[record.branch]
             rows = slice(start, start + len(record.log_snr))
-            depth[rows, column] = torch.tensor(record.depth)
-            flops[rows, column] = torch.tensor(record.flops, dtype=torch.float64) * (full / record.full)
+            depth[rows, column] = torch.from_numpy(record.depth)
+            flops[rows, column] = torch.from_numpy(record.flops).double() * (full / record.full)
             log_snr[rows, column] = torch.tensor(record.log_snr, dtype=torch.float64)
-            fired[rows, column] = torch.tensor([f[0] if f else -1 for f in record.fired])
+            fired[rows, column] = torch.from_numpy(record.fired)
             reasons.update(record.reasons)
             for point, which, values in record.scores:
                 table = scores.setdefault(point, torch.full(shape, torch.nan))
-                table[torch.tensor(which) + start, column] = values.float().cpu()
+                table[torch.from_numpy(which) + start, column] = values.float().cpu()
         return cls(depth, flops, log_snr, fired, segments, float(full), dict(reasons), cache_bytes, scores, share)

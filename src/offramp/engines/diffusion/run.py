@@ -5,7 +5,7 @@ Shapes: ``B`` rows of a call.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -13,26 +13,32 @@ from torch import Tensor
 
 from offramp.backbones import Cut, CutState
 from offramp.core.noise import noise_share
+from offramp.diffusion import BoundPoint
+from offramp.engines.diffusion.rows import EagerRows, Rows
 from offramp.engines.diffusion.straight import Work, weigh
 from offramp.engines.diffusion.trajectory import Memory, on_device
 
 
 class Runner(Protocol):
-    """Runs segments: the one place where compiled or captured ones go.
-
-    Attributes:
-        reuses: whether the tensors it returns are written over by its next call, so that what outlives this call must be copied.
-    """
-
-    @property
-    def reuses(self) -> bool: ...
+    """Runs the parts of a denoiser."""
 
     def forget(self) -> None:
         """Weights have moved in memory: give up what holds their addresses."""
         ...
 
-    def __call__(self, cut: Cut, state: CutState, stop: int) -> CutState:
-        """The state at boundary ``stop``. No decision falls between."""
+    def rows(
+        self, cut: Cut, points: Sequence[BoundPoint], values: Mapping[str, Tensor], sample: Tensor, level: Sequence[float], owner: Any
+    ) -> Rows:
+        """What is done to some rows of one call.
+
+        Args:
+            cut: the model.
+            points: the plan on it.
+            values: at the first boundary, by name.
+            sample: the noisy input ``[B, ...]``.
+            level: log-SNR of every row.
+            owner: whose memories will be given: a denoiser and a branch.
+        """
         ...
 
     def step(self, work: Work, state: CutState, memories: Sequence[Memory], log_snr: float, owner: Any) -> dict[str, Tensor]:
@@ -52,15 +58,15 @@ class Runner(Protocol):
 
 
 class Eager:
-    """Segments as they were exported."""
-
-    reuses = False
+    """Everything as it was exported."""
 
     def forget(self) -> None:
         pass
 
-    def __call__(self, cut: Cut, state: CutState, stop: int) -> CutState:
-        return cut.run(state, state.at, stop)
+    def rows(
+        self, cut: Cut, points: Sequence[BoundPoint], values: Mapping[str, Tensor], sample: Tensor, level: Sequence[float], owner: Any
+    ) -> Rows:
+        return EagerRows(cut, values, sample, level)
 
     def step(self, work: Work, state: CutState, memories: Sequence[Memory], log_snr: float, owner: Any) -> dict[str, Tensor]:
         remembered, weights = {}, {}
@@ -75,10 +81,10 @@ class Eager:
         level = torch.full((work.rows,), log_snr, device=device)
         outputs, kept = work(state.values, remembered, weights, level)
         last = len(work.cut.segments)
-        everyone = range(work.rows)
         for i in work.path.stored:
             own = work.points[i].stop == last  # the caller may write into what it is given
             new = {n: t.clone() if own else t for n, t in kept.get(i, {}).items()}
-            memories[i].store(everyone, None, new, (), [noise_share(log_snr)] * work.rows, check=False)
+            memories[i].put(None, new, (), check=False)
+            memories[i].note(slice(None), noise_share(log_snr))
         reused = any(work.points[i].stop == last for i in work.path.fired)
         return {n: t.clone() if reused else t for n, t in outputs.items()}

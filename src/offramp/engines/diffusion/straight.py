@@ -13,13 +13,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from offramp.backbones import Cut, CutState
 from offramp.core.noise import noise_share
 from offramp.diffusion import BoundPoint
 from offramp.engines.diffusion.report import StepRecord
-from offramp.engines.diffusion.trajectory import Branch, Memory
+from offramp.engines.diffusion.rows import Fuse, as_it_is, continued, filled
+from offramp.engines.diffusion.trajectory import Branch, Host, Memory
 from offramp.policies.denoising import Chance, Moment, Scheduled
 from offramp.policies.fills import Tensors
 
@@ -107,6 +109,7 @@ class Work:
         weights: Mapping[int, Tensor],
         level: Tensor | None,
         run: Callable[[Cut, CutState, int, int], CutState] = Cut.run,
+        fuse: Fuse = as_it_is,
     ) -> tuple[dict[str, Tensor], dict[int, Tensors]]:
         """The outputs by name, and what each point of ``path.stored`` keeps.
 
@@ -116,61 +119,49 @@ class Work:
             weights: ``[B, keeps]`` of those steps, for points that weigh them.
             level: log-SNR ``[B]`` float32, for output layers.
             run: runs segments as `Cut.run` does.
+            fuse: given what fills and remembers.
         """
         state = CutState(values, self.rows, 0)
         starts: dict[int, dict[str, Tensor]] = {}
         kept: dict[int, Tensors] = {}
         for part in self.path.parts:
             if isinstance(part, int):
-                state = self._skip(self.points[part], state, remembered, weights, level)
+                p = self.points[part]
+                made = filled(self.cut, p, state.values, remembered.get(part, ()), weights.get(part), level, fuse)
+                state = self.cut.skip(state, p.stop, made)
             else:
                 for p in self.points:
                     if p.start == state.at and p.index in self.path.stored:
-                        starts[p.index] = _start(p, state)
+                        starts[p.index] = continued(p, state.values)
                 state = run(self.cut, state, *part)
             for p in self.points:
                 if p.stop == state.at and p.index in self.path.stored and p.index not in kept and p.point.fill.keeps:
-                    kept[p.index] = p.point.fill.remember(starts[p.index], {n: state.values[n] for n in p.made})
+                    kept[p.index] = fuse(p.point.fill.remember)(starts[p.index], {n: state.values[n] for n in p.made})
         return dict(state.values), kept
 
-    def _skip(
-        self,
-        p: BoundPoint,
-        state: CutState,
-        remembered: Mapping[int, Sequence[Tensors]],
-        weights: Mapping[int, Tensor],
-        level: Tensor | None,
-    ) -> CutState:
-        if p.point.fill.reads_head:
-            made = p.point.fill.fill({p.made[0]: p.head.output(state.hidden, level)}, (), None)  # type: ignore[union-attr,operator]
-        else:
-            made = p.point.fill.fill(_start(p, state), remembered.get(p.index, ()), weights.get(p.index))
-        return self.cut.skip(state, p.stop, made)
 
-
-def _start(p: BoundPoint, state: CutState) -> dict[str, Tensor]:
-    return {n: state.values[b] for n, b in p.pairs.items()} if p.point.fill.paired else {}
-
-
-def is_straight(points: Sequence[BoundPoint], branch: Branch, moment: Moment, final: Sequence[bool]) -> bool:
+def is_straight(points: Sequence[BoundPoint], branch: Branch, moment: Moment, final: Host) -> bool:
     """Whether every decision of a call is known beforehand and the same for all rows."""
     live = [p.point.signal for p in points if p.point.threshold != math.inf]
     if any(not isinstance(s, Scheduled) or isinstance(s, Chance) for s in live):
         return False
 
-    def same(column: Sequence[Any]) -> bool:
-        return column.count(column[0]) == len(column)
-
-    columns = (moment.log_snr, branch.step, final, *(c for m in branch.memories for c in (m.noise, m.age)))
-    return all(same(c) for c in columns)
+    columns: list[Any] = [moment.log_snr, branch.step, final, *(m.age for m in branch.memories)]
+    return all(_same(c) for c in columns) and all(_same(level) for m in branch.memories for level in m.noise)
 
 
-def straight_path(points: Sequence[BoundPoint], last: int, branch: Branch, moment: Moment, final: bool, why: str) -> Path:
+def _same(column: Sequence[Any] | Host) -> bool:
+    found = np.asarray(column)
+    return bool((found == found[0]).all() or np.isnan(found).all())
+
+
+def straight_path(points: Sequence[BoundPoint], last: int, branch: Branch, moment: Moment, final: Host, why: str) -> Path:
     """The path of a call for which `is_straight` holds: what the first row does."""
     one = Moment(moment.log_snr[:1], moment.step[:1], moment.branch, moment.keys[:1])
+    row = np.zeros(1, dtype=np.int64)
 
     def ask(p: BoundPoint) -> str:
-        if reason := must_compute(p, branch, branch.memories[p.index], 0, final, why):
+        for reason in must_compute(p, branch, branch.memories[p.index], row, final, why)[1]:
             return reason
         score = p.point.signal.known(one, p.index)[0]  # type: ignore[union-attr]
         if not math.isfinite(score):
@@ -180,41 +171,56 @@ def straight_path(points: Sequence[BoundPoint], last: int, branch: Branch, momen
     return find_path(points, last, ask)
 
 
-def must_compute(p: BoundPoint, branch: Branch, memory: Memory, row: int, final: bool, why: str) -> str:
-    """Why a row must compute whatever its score; empty if its score decides.
+def must_compute(p: BoundPoint, branch: Branch, memory: Memory, rows: Host, final: Host, why: str) -> tuple[Host, dict[str, int]]:
+    """Which rows must compute whatever their score.
 
     Args:
         p: the point.
         branch: of the call.
         memory: of the point in it.
-        row: which.
-        final: whether the row is at its last step.
+        rows: which are asked (int64 ``[R]``).
+        final: bool ``[B]``, whether a row is at its last step.
         why: why the branch has nothing to remember, if it has not.
+
+    Returns:
+        The rows whose score decides, and how many others there are, by reason.
     """
-    limits = p.point.limits
-    if p.point.remembers and not memory.noise[row]:
-        return why or ("first" if branch.step[row] == 0 else "missing")
-    if branch.step[row] < limits.first:
-        return "first"
-    if limits.last and final:
-        return "last"
-    if limits.max_reuse is not None and memory.age[row] >= limits.max_reuse:
-        return "cap"
-    return ""
+    limits, step = p.point.limits, branch.step[rows]
+    free = np.ones(len(rows), dtype=bool)
+    found: dict[str, int] = {}
+
+    def compute(which: Host, reason: str) -> None:
+        which = which & free
+        if count := int(np.count_nonzero(which)):
+            found[reason] = found.get(reason, 0) + count
+            free[which] = False
+
+    if p.point.remembers:
+        unknown = ~memory.known[rows]
+        if unknown.any():
+            compute(unknown if why else unknown & (step == 0), why or "first")
+            compute(unknown, "missing")
+    if limits.first:
+        compute(step < limits.first, "first")
+    if limits.last:
+        compute(final[rows], "last")
+    if limits.max_reuse is not None:
+        compute(memory.age[rows] >= limits.max_reuse, "cap")
+    return (rows[free] if found else rows), found
 
 
 def weigh(p: BoundPoint, memory: Memory, log_snr: float) -> list[float]:
     """Weights of what a point remembers, the same for every row: ``keeps`` numbers, those of steps that are not there 0."""
-    return p.point.fill.coefficients(noise_share(log_snr), memory.noise[0])
+    return p.point.fill.coefficients(noise_share(log_snr), memory.levels(0))
 
 
 def note(record: StepRecord, work: Work) -> None:
     """What a path executes, for every row."""
     flops = sum(s.flops for start, stop in work.path.spans for s in work.cut.spec.segments[start:stop])
-    fired = list(work.path.fired)
-    flops += sum(work.points[i].fill_flops for i in fired)
-    record.depth = [sum(stop - start for start, stop in work.path.spans)] * work.rows
-    record.flops = [flops] * work.rows
-    record.fired = [fired] * work.rows
+    flops += sum(work.points[i].fill_flops for i in work.path.fired)
+    everyone = slice(None)
+    record.spend(everyone, sum(stop - start for start, stop in work.path.spans), flops)
+    for index in work.path.fired:
+        record.fire(everyone, index)
     for key in work.path.reasons:
         record.reasons[key] += work.rows

@@ -5,14 +5,19 @@ Shapes: ``B`` rows of a call, ``R`` of them at hand.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from offramp.policies.fills import Tensors
+
+Host = npt.NDArray[Any]
+"""Numbers of rows on the host."""
 
 MAX_BRANCHES = 8
 """Calls at one timestep that are taken for guidance branches; one more is a new trajectory."""
@@ -20,57 +25,59 @@ MAX_BRANCHES = 8
 
 @dataclass
 class Memory:
-    """Of one point in one branch. Lists have one entry per row.
+    """Of one point in one branch.
 
     Attributes:
         rows: B.
         depth: computed steps that are kept.
         snapshots: what the fill keeps of them, newest first, each ``[B, ...]`` by name.
-        noise: noise level of each, newest first; empty where nothing is remembered.
+        noise: float64 ``[max(depth, 1), B]`` noise level of each, newest first; NaN where nothing is remembered.
         reference: what the signal watched in the last computed step.
         broken: ``[B]`` for every snapshot, whether it holds a number that is not finite; none where nobody asks.
-        age: steps since the last computed one.
+        gone: how many rows the point sent away when it was last asked; ``None`` before.
+        age: int64 ``[B]`` steps since the last computed one.
     """
 
     rows: int
     depth: int
     snapshots: list[dict[str, Tensor]] = field(default_factory=list)
-    noise: list[list[float]] = field(default_factory=list)
     reference: tuple[Tensor, ...] = ()
     broken: list[Tensor] = field(default_factory=list)
-    age: list[int] = field(default_factory=list)
+    gone: int | None = None
 
     def __post_init__(self) -> None:
-        self.noise = self.noise or [[] for _ in range(self.rows)]
-        self.age = self.age or [0] * self.rows
+        self.noise: Host = np.full((max(self.depth, 1), self.rows), np.nan)
+        self.age: Host = np.zeros(self.rows, dtype=np.int64)
 
-    def store(
-        self,
-        rows: Sequence[int],
-        index: Tensor | None,
-        kept: Tensors,
-        watched: tuple[Tensor, ...],
-        noise: Sequence[float],
-        *,
-        check: bool = True,
-    ) -> None:
-        """Remember a computed step of some rows.
+    @property
+    def known(self) -> Host:
+        """Bool ``[B]``: whether a computed step of a row is remembered."""
+        return ~np.isnan(self.noise[0])
+
+    def levels(self, row: int) -> list[float]:
+        """Noise levels of what is remembered of a row, newest first."""
+        held = self.noise[:, row]
+        return [float(x) for x in held[~np.isnan(held)]]
+
+    def note(self, rows: Host | slice, noise: Host | float) -> None:
+        """Rows computed a step at some noise level each."""
+        self.noise[1:, rows] = self.noise[:-1, rows].copy()
+        self.noise[0, rows] = noise
+        self.age[rows] = 0
+
+    def put(self, index: Tensor | None, kept: Tensors, watched: tuple[Tensor, ...], *, check: bool = True) -> None:
+        """Remember the tensors of a computed step of R rows.
 
         Args:
-            rows: which, R of them.
-            index: the same on the device, or ``None`` if they are all rows in order.
+            index: which, on the device (int64 ``[R]``), or ``None`` if they are all rows in order.
             kept: what the fill keeps, ``[R, ...]`` by name.
             watched: what the signal watched, each ``[R, ...]``.
-            noise: noise level of each row of the batch.
             check: note which rows of ``kept`` are finite: for points that measure. A schedule reuses without a look at any tensor.
         """
         depth = max(self.depth, 1)
-        for r in rows:
-            self.noise[r] = [noise[r], *self.noise[r]][:depth]
-            self.age[r] = 0
         if kept:
             if check:
-                self.broken = _pushed(self.broken, _broken(kept), index, self.rows, depth)
+                self.broken = _pushed(self.broken, not_finite(kept), index, self.rows, depth)
             names = list(kept)
             columns = [_pushed([s[n] for s in self.snapshots], kept[n], index, self.rows, depth) for n in names]
             self.snapshots = [dict(zip(names, held, strict=True)) for held in zip(*columns, strict=True)]
@@ -78,16 +85,14 @@ class Memory:
             before: Sequence[Tensor | None] = self.reference or [None] * len(watched)
             self.reference = tuple(_placed(old, new, index, self.rows) for old, new in zip(before, watched, strict=True))
 
-    def forget(self, rows: Sequence[int]) -> None:
+    def forget(self, rows: Host) -> None:
         """Nothing is remembered of these rows; their tensors are no longer read."""
-        for r in rows:
-            self.noise[r] = []
-            self.age[r] = 0
+        self.noise[:, rows] = np.nan
+        self.age[rows] = 0
 
-    def skipped(self, rows: Iterable[int]) -> None:
+    def skipped(self, rows: Host | slice) -> None:
         """A step of these rows was not computed."""
-        for r in rows:
-            self.age[r] += 1
+        self.age[rows] += 1
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -101,8 +106,8 @@ def on_device(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -
     return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
 
 
-def _broken(kept: Tensors) -> Tensor:
-    """``[R]``: whether a row of any tensor holds a number that is not finite."""
+def not_finite(kept: Tensors) -> Tensor:
+    """Bool ``[R]``: whether a row of any tensor holds a number that is not finite."""
     sound = [t.isfinite().flatten(1).all(1) for t in kept.values()]
     return ~(sound[0] if len(sound) == 1 else torch.stack(sound).all(0))
 
@@ -130,14 +135,14 @@ class Branch:
 
     Attributes:
         memories: one per point.
-        step: of every row.
+        step: int64 ``[B]`` of every row.
         visited: the step it was last called at.
         form: of its calls.
         keys: of every row.
     """
 
     memories: list[Memory]
-    step: list[int]
+    step: Host
     visited: int
     form: Any = None
     keys: list[int] = field(default_factory=list)
@@ -187,23 +192,23 @@ class Trajectory:
             self.reset()
             self.step = 0
         else:
-            anew = [r for r in range(rows) if self.times and log_snr[r] < self.log_snr[r]]
-            if len(anew) == rows:
+            anew = np.flatnonzero(np.less(log_snr, self.log_snr)) if self.times else np.empty(0, dtype=np.int64)
+            if anew.size == rows:
                 self.reset()
-            for branch in self.branches.values():
-                for memory in branch.memories:
-                    memory.forget(anew)
-                for r in anew:
-                    branch.step[r] = -1
+            elif anew.size:
+                for branch in self.branches.values():
+                    for memory in branch.memories:
+                        memory.forget(anew)
+                    branch.step[anew] = -1
             self.branch = 0
             self.step += 1
         self.times, self.log_snr = times, log_snr
         found = self.branches.get(self.branch)
         if found is None or found.visited != self.step - 1 or found.form != form:
             why = why or ("first" if found is None else "shape" if found.form != form else "gap")
-            found = self.branches[self.branch] = Branch([Memory(rows, d) for d in depths], [-1] * rows, self.step, form)
+            found = self.branches[self.branch] = Branch([Memory(rows, d) for d in depths], np.full(rows, -1), self.step, form)
         found.visited = self.step
-        found.step = [s + 1 for s in found.step]
+        found.step += 1
         return found, why
 
     @property

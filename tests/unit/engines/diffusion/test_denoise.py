@@ -361,7 +361,7 @@ def test_after_an_error_in_the_middle_of_a_call_a_trajectory_begins_anew(net: De
     runner(x, torch.full((2,), 900), y)
 
     class Fails(Eager):
-        def __call__(self, cut: Any, state: Any, stop: int) -> Any:
+        def rows(self, *args: Any) -> Any:
             raise RuntimeError("out of memory")
 
     run, runner.run = runner.run, Fails()
@@ -433,4 +433,4 @@ def test_points_that_never_fire_do_not_keep_a_step_from_running_in_one_piece(net
     run = Captured(torch.device("cpu"), compiled=False)
     x, y = draw(3)
     trajectory(Denoiser(net, [never, Point("blocks.1", -1, Identity(), NoiseLevel(), 0.0)], run=run), x, y)
-    assert run._steps and not run._spans
+    assert run._steps and not run._parts

@@ -3,8 +3,10 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from denoise_models import ToyHead, attached, dit, example, toy
@@ -58,7 +60,7 @@ def test_without_points_it_is_one_graph_and_bit_exact(net: DenoisingNet) -> None
     run = Captured(CPU, compiled=False)
     x, y = draw(3)
     assert all(torch.equal(a, b) for a, b in zip(trajectory(Denoiser(net, run=run), x, y), trajectory(net.model, x, y), strict=True))
-    assert not run._spans and len(run._steps) == 1
+    assert not run._parts and len(run._steps) == 1
 
 
 def test_a_schedule_is_one_graph_per_depth(net: DenoisingNet) -> None:
@@ -66,7 +68,7 @@ def test_a_schedule_is_one_graph_per_depth(net: DenoisingNet) -> None:
     runner = Denoiser(net, depth_schedule((-2.0, 1.0), (0, 2, None)), run=run)
     for _ in range(2):
         trajectory(runner, *draw(5))
-    assert not run._spans and len(run._steps) == 3
+    assert not run._parts and len(run._steps) == 3
     assert sorted(set(runner.report.depth[0].tolist())) == [2, 4, 6]
 
 
@@ -75,7 +77,8 @@ def test_parts_between_decisions_are_captured_where_a_step_is_not_known_beforeha
     runner = Denoiser(net, [Point("blocks.1", -1, Identity(), NoiseLevel(), 0.0)], run=run)
     runner.straight = False
     trajectory(runner, *draw(5))
-    assert sorted((start, stop, rows) for _, start, stop, rows, _ in run._spans) == [(0, 3, 5), (3, 5, 5), (5, 6, 5)]
+    parts = [key[1:] for key in run._parts if isinstance(key[1], int)]
+    assert sorted(parts) == [(0, 3, 5), (3, 5, 5), (5, 6, 5)]
 
 
 @pytest.mark.parametrize("plan", PLANS)
@@ -174,25 +177,20 @@ def test_guidance_branches_do_not_share_captured_memories(net: DenoisingNet) -> 
 
 def test_rows_run_in_the_next_size_and_what_was_there_before_does_not_matter(net: DenoisingNet) -> None:
     run = Captured(CPU, compiled=False)
-    made = net.cut()
-    assert (run.size(made, 5), run.size(made, 64)) == (5, 64)
-    run._rows[made] = 6
-    assert [run.size(made, r) for r in range(1, 7)] == [1, 2, 4, 4, 6, 6]
-    run._rows[made] = 64
-    assert sorted({run.size(made, r) for r in range(1, 65)}) == [1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64]
-    assert all(r <= run.size(made, r) < r + 8 for r in range(1, 65))
-    assert [Captured(CPU, sizes=(3,)).size(made, r) for r in (1, 5)] == [1, 5]  # no call has been seen
+    assert (run.size(5, 5), run.size(64, 64)) == (5, 64)
+    assert [run.size(r, 6) for r in range(1, 7)] == [1, 2, 4, 4, 6, 6]
+    assert sorted({run.size(r, 64) for r in range(1, 65)}) == [1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64]
+    assert all(r <= run.size(r, 64) < r + 8 for r in range(1, 65))
     few = Captured(CPU, compiled=False, sizes=(3,))
-    few._rows[made] = 6
-    assert [few.size(made, r) for r in (1, 3, 4)] == [3, 3, 6]
+    assert [few.size(r, 6) for r in (1, 3, 4)] == [3, 3, 6]
     with pytest.raises(InvalidInput, match="ascending"):
         Captured(CPU, sizes=(4, 2))
     x, y = draw(4)
     levels = torch.tensor([950, 900, 800, 100])  # three leave, one goes on
     runner = Denoiser(net, [Point("blocks.1", -1, Identity(), NoiseSchedule((0.0,), (True, False)))], run=run)
     want = runner(x, levels, y)
-    for span in run._spans.values():
-        for tensor in span.inputs.values():
+    for board in run._boards.values():
+        for tensor in board.values.values():
             if tensor.is_floating_point():
                 tensor.fill_(math.nan)
     assert torch.equal(runner(x, levels + 1, y)[3:], net.model(x, levels + 1, y)[3:])
@@ -250,10 +248,14 @@ def test_strides_are_kept() -> None:
     run = Captured(CPU, compiled=False)
     x = torch.randn(3, 3, 5)
     with torch.no_grad():
-        for rows in (3, 2, 3):
-            state = made.begin(x[:rows])
-            state = run(made, run(made, state, 1), 2)
-            torch.testing.assert_close(made.end(state), made(x[:rows]))
+        state = made.begin(x)
+        for gone in (0, 1, 2):
+            rows = run.rows(made, (), state.values, x, [0.0] * 3, None)
+            there = np.array([r for r in range(3) if r != gone])
+            rows.run(np.arange(3), 0, 1)
+            rows.run(there, 1, 2)
+            answer = made.end(replace(state, values=rows.outputs(), at=2))
+            torch.testing.assert_close(answer[there], made(x)[there])
 
 
 def random_plan(net: DenoisingNet, rng: random.Random) -> list[Point]:

@@ -1,0 +1,389 @@
+"""What is done to some rows of a call, in captured graphs.
+
+Every tensor of a call has one address for all rows of it (a `Board`), so that nothing moves when rows leave or come back: a graph gathers
+the rows that it is told, by their numbers at an address of its own, and puts what it makes in their places. There is a graph for each part
+and number of rows. A part that is run for fewer rows than its graph has repeats the last of them.
+
+Shapes: ``B`` rows of a call, ``R`` of them at hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from offramp.backbones import Cut
+from offramp.core.errors import InvalidInput
+from offramp.diffusion import BoundPoint
+from offramp.engines.capture import Arriving, Graph
+from offramp.engines.diffusion.rows import MISSING, Answer, alike, codes, compares, continued, filled, watched, whole_room
+from offramp.engines.diffusion.trajectory import Host, Memory, not_finite
+from offramp.policies.denoising import Measured
+from offramp.policies.fills import Tensors
+
+if TYPE_CHECKING:
+    from offramp.engines.diffusion.graphs import Captured
+
+
+class Board:
+    """The tensors of calls of one form at fixed addresses.
+
+    Attributes:
+        cut: the model.
+        rows: B.
+        values: every tensor by name; those that parts make are there once the first part that makes them was captured.
+        sample: the noisy input ``[B, ...]``.
+        level: log-SNR ``[B]`` float32.
+    """
+
+    def __init__(self, cut: Cut, values: Mapping[str, Tensor], sample: Tensor, rows: int) -> None:
+        self.cut, self.rows = cut, rows
+        self.values = {n: whole_room(t, cut.batch_dims.get(n, ()), rows) for n, t in values.items()}
+        self._own = next((n for n, t in values.items() if t is sample), None)
+        self.sample = whole_room(sample, (0,), rows) if self._own is None else self.values[self._own]
+        self.level = torch.zeros(rows, device=sample.device)
+        self._index: dict[str, Tensor] = {}
+        self._chosen: dict[str, bytes] = {}
+
+    def begin(self, values: Mapping[str, Tensor], sample: Tensor, level: Sequence[float]) -> None:
+        """Take the inputs of a call."""
+        for name, value in values.items():
+            self.values[name].copy_(value)
+        if self._own is None:
+            self.sample.copy_(sample)
+        if level.count(level[0]) == len(level):
+            self.level.fill_(level[0])
+        else:
+            self.send(self.level, np.asarray(level, dtype=np.float32))
+
+    def index(self, kind: str, rows: Host | None, size: int) -> Tensor:
+        """Where parts of one kind find which rows they are run for (int64 ``[size]``); written, unless ``rows`` is ``None``."""
+        if kind not in self._index:
+            self._index[kind] = torch.zeros(self.rows, dtype=torch.int64, device=self.level.device)
+        place = self._index[kind][:size]
+        if rows is not None and self._chosen.get(kind) != (key := rows.tobytes()):
+            self.send(place, np.concatenate([rows, np.full(size - len(rows), rows[-1])]))
+            self._chosen[kind] = key
+        return place
+
+    def send(self, place: Tensor, values: Host) -> None:
+        """Numbers of the host to an address of the device, without waiting for it."""
+        given = torch.from_numpy(values)
+        place.copy_(given.pin_memory() if place.device.type == "cuda" else given, non_blocking=True)
+
+    def take(self, tensor: Tensor, index: Tensor | None) -> Tensor:
+        """Rows of a tensor that has all of them in its first dimension."""
+        return tensor if index is None else tensor.index_select(0, index)
+
+    def select(self, name: str, index: Tensor | None) -> Tensor:
+        """Rows of a tensor of the cut."""
+        return self.values[name] if index is None else self.cut.select(name, self.values[name], index)
+
+    def place(self, name: str, new: Tensor, index: Tensor | None) -> None:
+        """Write rows of a tensor of the cut."""
+        dims = self.cut.batch_dims.get(name, ())
+        if index is None or not dims:
+            self.values[name].copy_(new)
+        else:
+            self.values[name].index_copy_(dims[0], index, new)
+
+    def provide(self, name: str, like: Tensor) -> None:
+        """Room for a tensor of the cut that is made like this for some rows."""
+        dims = self.cut.batch_dims.get(name, ())
+        if len(dims) > 1:
+            raise InvalidInput(f"The tensor {name!r} holds the batch in two dimensions; run this model without graphs.")
+        if name not in self.values:
+            self.values[name] = whole_room(like, dims, self.rows)
+
+
+@dataclass
+class Part:
+    """A graph and what goes in and out of it.
+
+    Attributes:
+        graph: ``None`` where there is nothing to run.
+        weights: of the remembered steps ``[size, keeps]``.
+        score: ``[size]``.
+        codes: int8 ``[size]``.
+        holds: what must live as long as the graph.
+    """
+
+    graph: Graph | None = None
+    weights: Tensor | None = None
+    score: Tensor | None = None
+    codes: Tensor | None = None
+    holds: Any = None
+
+
+@dataclass
+class Room:
+    """What a point remembers of all rows, at fixed addresses.
+
+    Attributes:
+        snapshots: newest first, ``keeps`` of them.
+        reference: what the signal watched.
+        broken: bool ``[B]`` of every snapshot.
+    """
+
+    snapshots: list[dict[str, Tensor]]
+    reference: tuple[Tensor, ...] = ()
+    broken: tuple[Tensor, ...] = ()
+
+    def adopt(self, memory: Memory) -> None:
+        """What a memory holds elsewhere is copied here, oldest first: what was newest may have become older here."""
+        for snapshot, home in reversed(list(zip(memory.snapshots, self.snapshots, strict=False))):
+            for name, tensor in home.items():
+                if snapshot[name] is not tensor:
+                    tensor.copy_(snapshot[name])
+        if self.snapshots:
+            memory.snapshots = self.snapshots[: len(memory.snapshots)]
+        if memory.reference and self.reference and memory.reference is not self.reference:
+            for place, held in zip(self.reference, memory.reference, strict=True):
+                place.copy_(held)
+            memory.reference = self.reference
+        if self.broken and (len(memory.broken) < len(self.broken) or memory.broken[0] is not self.broken[0]):
+            for flags, held in reversed(list(zip(self.broken, memory.broken, strict=False))):
+                flags.copy_(held)
+            for flags in self.broken[len(memory.broken) :]:
+                flags.zero_()
+            memory.broken = list(self.broken)
+
+
+class CapturedRows:
+    """Rows of one call (an `offramp.engines.diffusion.rows.Rows`).
+
+    Args:
+        run: makes and keeps the graphs.
+        board: the inputs of the call are on it.
+        points: the plan.
+        owner: whose memories will be given.
+    """
+
+    ahead = True
+
+    def __init__(self, run: Captured, board: Board, points: Sequence[BoundPoint], owner: Any) -> None:
+        self._run, self._board, self._points, self._owner = run, board, points, owner
+
+    def run(self, rows: Host, start: int, stop: int) -> None:
+        board, size = self._board, self._run.size(len(rows), self._board.rows)
+        if size < board.rows:
+            board.index("run", rows, size)
+        part = self._run.part((board, start, stop, size), lambda: self._capture_run(start, stop, size))
+        _replay(part)
+
+    def _capture_run(self, start: int, stop: int, size: int) -> Part:
+        board, cut = self._board, self._board.cut
+        index = None if size == board.rows else board.index("run", None, size)
+        read, made = self._run.reads(cut, start, stop), cut.made(start, stop)
+        if loose := [n for n in (*read, *made) if len(cut.batch_dims.get(n, ())) > 1]:
+            raise InvalidInput(f"The tensor {loose[0]!r} holds the batch in two dimensions; run this model without graphs.")
+        plain, function = self._run.function(cut, start, stop, read)
+        for name, new in zip(made, plain(*(board.select(n, index) for n in read)), strict=True):
+            board.provide(name, new)
+
+        def call() -> None:
+            for name, new in zip(made, function(*(board.select(n, index) for n in read)), strict=True):
+                board.place(name, new, index)
+
+        return Part(self._run.capture(call))
+
+    def ask(self, point: BoundPoint, memory: Memory, rows: Host, observe: bool) -> Answer:
+        board, size = self._board, self._run.size(len(rows), self._board.rows)
+        room = self._room(point, memory)
+        if size < board.rows:
+            board.index("score", rows, size)
+        part = self._part("score", point, size, lambda: self._capture_score(point, room, size))
+        if part.codes is None or part.score is None:
+            return lambda: (np.full(len(rows), MISSING), None)
+        _replay(part)
+        arriving = Arriving(part.codes)
+        scores = part.score.clone() if observe else None
+
+        def answer() -> tuple[Host, Tensor | None]:
+            found = np.array(arriving.read())
+            if size < board.rows:
+                return found[: len(rows)], None if scores is None else scores[: len(rows)]
+            return found[rows], None if scores is None else scores[torch.from_numpy(rows).to(scores.device)]
+
+        return answer
+
+    def _capture_score(self, point: BoundPoint, room: Room, size: int) -> Part:
+        board, cut, signal = self._board, self._board.cut, point.point.signal
+        assert isinstance(signal, Measured)
+        index = None if size == board.rows else board.index("score", None, size)
+        names = sorted({*point.pairs.values(), *filter(None, (cut.hidden_name(b) for b in (point.start, point.since or 0)))})
+        part = Part(holds=point)
+
+        def ask(
+            values: Tensors, sample: Tensor, reference: tuple[Tensor, ...], broken: tuple[Tensor, ...], level: Tensor, index: Tensor | None
+        ) -> tuple[Tensor, Tensor]:
+            if index is not None:
+                values = {n: cut.select(n, t, index) for n, t in values.items()}
+                sample, level = sample.index_select(0, index), level.index_select(0, index)
+                reference = tuple(t.index_select(0, index) for t in reference)
+                broken = tuple(t.index_select(0, index) for t in broken)
+            now = watched(cut, point, values, sample)
+            score = signal.score(now, reference if signal.compares else None, level, point.head)
+            return score, codes(score, broken, point.point.threshold)
+
+        if signal.compares:
+            now = watched(cut, point, {n: board.select(n, None) for n in names}, board.sample)
+            if not alike(now, room.reference):
+                return part
+        function = self._run.fuse(ask) if point.head is None else ask
+
+        def call() -> None:
+            part.score, part.codes = function(
+                {n: board.values[n] for n in names}, board.sample, room.reference, room.broken, board.level, index
+            )
+
+        part.graph = self._run.capture(call)
+        return part
+
+    def fill(self, point: BoundPoint, memory: Memory, rows: Host, weights: Sequence[Sequence[float]] | None) -> None:
+        board = self._board
+        size = None if len(rows) == board.rows else self._run.size(len(rows), board.rows)
+        room = self._room(point, memory)
+        if size is not None:
+            board.index("fill", rows, size)
+        part = self._part("fill", point, size, lambda: self._capture_fill(point, room, size))
+        if weights is not None and part.weights is not None:
+            given = np.asarray([*weights, *[weights[-1]] * (len(part.weights) - len(rows))], dtype=np.float32)
+            board.send(part.weights, given)
+        _replay(part)
+
+    def _capture_fill(self, point: BoundPoint, room: Room, size: int | None) -> Part:
+        board, cut, fill = self._board, self._board.cut, point.point.fill
+        index = None if size is None else board.index("fill", None, size)
+        names = list(point.pairs.values()) if fill.paired else []
+        if fill.reads_head:
+            names = [str(cut.hidden_name(point.start))]
+        made = cut.made(point.start, point.stop)
+        part = Part(holds=point)
+        if fill.keeps > 1:
+            part.weights = torch.zeros(size or board.rows, fill.keeps, device=board.level.device)
+
+        def give(values: Tensors, snapshots: Sequence[Tensors], weights: Tensor | None, level: Tensor, index: Tensor | None) -> Tensors:
+            if index is not None:
+                values = {n: cut.select(n, t, index) for n, t in values.items()}
+                snapshots = [{n: t.index_select(0, index) for n, t in s.items()} for s in snapshots]
+                level = level.index_select(0, index)
+            return filled(cut, point, values, snapshots, weights, level)
+
+        function = self._run.fuse(give) if point.head is None else give
+        given = (room.snapshots, part.weights, board.level, index)
+        found = give({n: board.values[n] for n in names}, *given)
+        for name in made:
+            board.provide(name, found[name])
+
+        def call() -> None:
+            found = function({n: board.values[n] for n in names}, *given)
+            for name in made:
+                board.place(name, found[name], index)
+
+        part.graph = self._run.capture(call)
+        return part
+
+    def remember(self, point: BoundPoint, memory: Memory, rows: Host) -> None:
+        board = self._board
+        size = None if len(rows) == board.rows else self._run.size(len(rows), board.rows)
+        room = self._room(point, memory)
+        if size is not None:
+            board.index("remember", rows, size)
+        part = self._part("remember", point, size, lambda: self._capture_remember(point, room, size))
+        _replay(part)
+        memory.snapshots = room.snapshots[: len(memory.snapshots) + 1]
+        memory.reference = room.reference
+
+    def _keep(self, point: BoundPoint, values: Tensors, sample: Tensor) -> tuple[Tensors, tuple[Tensor, ...]]:
+        """What a computed step leaves: for the fill, and for the signal."""
+        fill = point.point.fill
+        kept = fill.remember(continued(point, values), {n: values[n] for n in point.made}) if fill.keeps else {}
+        return kept, watched(self._board.cut, point, values, sample) if compares(point) else ()
+
+    def _capture_remember(self, point: BoundPoint, room: Room, size: int | None) -> Part:
+        board, cut = self._board, self._board.cut
+        index = None if size is None else board.index("remember", None, size)
+        names = self._read(point)
+        check = bool(room.broken)
+
+        def keep(values: Tensors, sample: Tensor, index: Tensor | None) -> tuple[Tensors, tuple[Tensor, ...], Tensor | None]:
+            if index is not None:
+                values, sample = {n: cut.select(n, t, index) for n, t in values.items()}, sample.index_select(0, index)
+            kept, seen = self._keep(point, values, sample)
+            return kept, seen, not_finite(kept) if check and kept else None
+
+        function = self._run.fuse(keep)
+
+        def call() -> None:
+            kept, seen, broken = function({n: board.values[n] for n in names}, board.sample, index)
+            for name, new in kept.items():
+                push([s[name] for s in room.snapshots], new, index)
+            if broken is not None:
+                push(room.broken, broken, index)
+            for place, new in zip(room.reference, seen, strict=True):
+                push([place], new, index)
+
+        places = [*(t for s in room.snapshots for t in s.values()), *room.broken, *room.reference]
+        saved = [t.clone() for t in places]
+        part = Part(self._run.capture(call), holds=point)
+        for place, before in zip(places, saved, strict=True):  # capturing has run it
+            place.copy_(before)
+        return part
+
+    def _read(self, point: BoundPoint) -> list[str]:
+        """Names that remembering a point reads."""
+        cut, fill = self._board.cut, point.point.fill
+        hidden = [cut.hidden_name(b) for b in (point.start, point.since or 0)] if compares(point) else []
+        return sorted({*(point.made if fill.keeps else ()), *point.pairs.values(), *filter(None, hidden)})
+
+    def _room(self, point: BoundPoint, memory: Memory) -> Room:
+        """Where a point's memory is at home; what the memory holds elsewhere is brought there."""
+
+        def found() -> Room:
+            board, keeps = self._board, point.point.fill.keeps
+            kept: Tensors = memory.snapshots[0] if memory.snapshots else {}
+            seen = memory.reference
+            if not kept and not seen:
+                kept, seen = self._keep(point, {n: board.values[n] for n in self._read(point)}, board.sample)
+            flags = tuple(torch.zeros(board.rows, dtype=torch.bool, device=board.level.device) for _ in range(keeps))
+            return Room(
+                [{n: whole_room(t, (0,), board.rows) for n, t in kept.items()} for _ in range(keeps)],
+                tuple(whole_room(t, (0,), board.rows) for t in seen),
+                flags if isinstance(point.point.signal, Measured) else (),
+            )
+
+        if not point.point.remembers:
+            return Room([])
+        room = self._run.room(self._owner, self._board.cut, self._points, point.index, self._board.rows, found)
+        room.adopt(memory)
+        return room
+
+    def outputs(self) -> dict[str, Tensor]:
+        return {n: self._board.values[n].clone() for n in self._board.cut.names(len(self._board.cut.segments))}
+
+    def _part(self, kind: str, point: BoundPoint, size: int | None, capture: Callable[[], Part]) -> Part:
+        return self._run.part((self._board, kind, self._owner, id(point), size), capture)
+
+
+def _replay(part: Part) -> None:
+    if part.graph is not None:
+        part.graph.replay()
+
+
+def push(held: Sequence[Tensor], new: Tensor, index: Tensor | None) -> None:
+    """The last values with a new one before them, in place; those of other rows than ``index`` stay where they are."""
+    for older, newer in zip(held[:0:-1], held[-2::-1], strict=True):
+        if index is None:
+            older.copy_(newer)
+        else:
+            older.index_copy_(0, index, newer.index_select(0, index))
+    if index is None:
+        held[0].copy_(new)
+    else:
+        held[0].index_copy_(0, index, new)
