@@ -17,9 +17,10 @@ from offramp.backbones import cut
 from offramp.backbones.shared_code import SharedCode
 from offramp.core.errors import InvalidInput
 from offramp.diffusion import DenoisingNet
-from offramp.engines.capture import Tuning
+from offramp.engines.capture import Arriving, Tuning
 from offramp.engines.diffusion.denoise import Denoiser
 from offramp.engines.diffusion.graphs import Captured
+from offramp.engines.diffusion.row_graphs import CapturedRows
 from offramp.policies.denoising import (
     INPUT,
     OUTPUT,
@@ -29,6 +30,7 @@ from offramp.policies.denoising import (
     NoiseLevel,
     NoiseSchedule,
     Point,
+    ResidualChange,
     StateChange,
     depth_schedule,
 )
@@ -294,3 +296,55 @@ def test_any_plan_gives_the_same_in_every_way_of_running_it(net: DenoisingNet, s
         for answer, report in zip(answers[1:], others, strict=True):
             torch.testing.assert_close(answer, answers[0], atol=1e-4, rtol=1e-4)
             assert torch.equal(report.depth, walk.depth) and torch.equal(report.flops, walk.flops) and report.reasons == walk.reasons
+
+
+def test_where_hardly_a_row_left_the_others_go_on_before_the_answer(net: DenoisingNet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when the guess was wrong: rows that are sent away after all have their own answer, and are not remembered as computed."""
+    events: list[str] = []
+    read, run = Arriving.read, CapturedRows.run
+
+    def reading(self: Arriving) -> list[Any]:
+        events.append("read")
+        return read(self)
+
+    def running(self: CapturedRows, rows: Any, start: int, stop: int) -> None:
+        events.append("run")
+        run(self, rows, start, stop)
+
+    monkeypatch.setattr(Arriving, "read", reading)
+    monkeypatch.setattr(CapturedRows, "run", running)
+    plan = [Point("blocks.1", -1, CachedResidual(), InputChange(), -0.2, Guard(max_reuse=None, last=False))]
+    eager, captured = Denoiser(net, plan), Denoiser(net, plan, run=Captured(CPU, compiled=False))
+    x, y = draw(4)
+    scales = torch.tensor([[1.0] * 4, [1.5] * 4, [2.2] * 4, [2.2, 3.0, 2.2, 3.0], [2.2, 3.0, 2.2, 3.0], [4.0] * 4])
+    order, gone = [], []
+    for k, (scale, time) in enumerate(zip(scales, TIMES, strict=False)):
+        events.clear()
+        wanted, got = (d(x * scale.view(-1, 1, 1), torch.full((4,), time), y) for d in (eager, captured))
+        torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
+        order.append(" ".join(events))
+        gone.append(captured.trajectory.branches[0].memories[0].gone)
+        assert gone[k] == eager.trajectory.branches[0].memories[0].gone
+    assert torch.equal(eager.report.depth, captured.report.depth) and eager.report.reasons == captured.report.reasons
+    assert gone == [None, 0, 0, 2, 4, 0]
+    waited, ahead = "run read run run", "run run read run"
+    assert order == ["run run run", waited, ahead, ahead, "run read run", waited], "the first time nothing is known"
+
+
+def test_a_signal_that_looks_back_is_asked_of_the_rows_that_were_there(net: DenoisingNet) -> None:
+    plan = [
+        Point("inlet", "blocks.1", Identity(), NoiseLevel(), 0.0),
+        Point("blocks.2", -1, CachedOutput(), ResidualChange("blocks.0"), -1e9, Guard(max_reuse=None, last=False)),
+    ]
+    x, y = draw(2)
+    rows = ((300, 250, 200, 150), (800, 700, 200, 100))
+    for run in (None, Captured(CPU, compiled=False)):
+        together = Denoiser(net, plan, run=run)
+        got = [together(x, torch.tensor(times), y) for times in zip(*rows, strict=True)]
+        for row, times in enumerate(rows):
+            alone = Denoiser(net, plan)
+            for k, time in enumerate(times):
+                want = alone(x[row : row + 1], torch.tensor([time]), y[row : row + 1])
+                torch.testing.assert_close(got[k][row : row + 1], want, atol=1e-5, rtol=1e-5)
+            assert torch.equal(alone.report.depth[0], together.report.depth[row])
+        assert len({tuple(d) for d in together.report.depth.tolist()}) == 2, "one of them jumped over the place at first"
