@@ -565,8 +565,8 @@ MEASURED = ("StateChange", "ResidualChange", "InputChange", "Uncertainty", "Chan
 
 def spread(values: Sequence[float]) -> str:
     """A mean, and from where to where, if there are several."""
-    mean = f"{statistics.fmean(values):.3g}"
-    return mean if len(values) == 1 else f"{mean} ({min(values):.3g} to {max(values):.3g})"
+    mean = f"{statistics.fmean(values):.4g}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.4g} to {max(values):.4g})"
 
 
 def title_of(way: Mapping[str, Any]) -> str:

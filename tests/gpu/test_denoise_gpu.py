@@ -15,8 +15,19 @@ from offramp.engines.diffusion.denoise import Denoiser
 from offramp.engines.diffusion.graphs import Captured
 from offramp.engines.diffusion.region_graphs import CapturedRegions
 from offramp.engines.diffusion.regions import RegionDenoiser, attach_regions
-from offramp.policies.denoising import Every, Guard, NoiseSchedule, Point, ResidualChange, StateChange, depth_schedule
-from offramp.policies.fills import CachedOutput, CachedResidual, Extrapolated
+from offramp.policies.denoising import (
+    OUTPUT,
+    Chance,
+    Every,
+    Guard,
+    NoiseSchedule,
+    Point,
+    ResidualChange,
+    StateChange,
+    Uncertainty,
+    depth_schedule,
+)
+from offramp.policies.fills import CachedOutput, CachedResidual, Extrapolated, HeadOutput
 from offramp.reduce.regions import AtSteps, Regions
 
 DEVICE = torch.device("cuda")
@@ -58,11 +69,26 @@ class Tokens(nn.Module):
         return self.outlet(state)
 
 
+class Head(nn.Module):
+    """Unsure of some rows, more so where there is much noise."""
+
+    def __init__(self, width: int = 64) -> None:
+        super().__init__()
+        self.out = nn.Linear(width, 8)
+
+    def uncertainty(self, state: Tensor, level: Tensor) -> Tensor:
+        return 0.5 + 0.2 * torch.tanh(state[:, 0, 0]) - 0.05 * level
+
+    def output(self, state: Tensor, level: Tensor) -> Tensor:
+        return self.out(state)
+
+
 def net() -> DenoisingNet:
     torch.manual_seed(0)
     places = ["inlet", *(f"blocks.{k}" for k in range(6))]
     example = {"x": torch.randn(2, 16, 8), "t": torch.tensor([500, 300])}
-    return attach_denoiser(Tokens().eval().to(DEVICE), places, noise=FlowMatching(), example=example)
+    heads = {f"blocks.{k}": Head() for k in range(5)}
+    return attach_denoiser(Tokens().eval().to(DEVICE), places, noise=FlowMatching(), example=example, heads=heads)
 
 
 def trajectory(runner: Any, rows: int) -> Tensor:
@@ -81,6 +107,9 @@ PLANS = {
     "extrapolated": (Point("inlet", -1, Extrapolated(2), NoiseSchedule((-1.0, 1.0), (False, True, False))),),
     "state change": (Point("blocks.0", -1, CachedResidual(), StateChange(), -0.3, Guard(last=False)),),
     "residual change": (Point("blocks.0", -1, CachedOutput(), ResidualChange("inlet"), -0.3, Guard(last=False)),),
+    "state change, extrapolated": (Point("blocks.0", -1, Extrapolated(1, residual=True), StateChange(), -0.3, Guard(last=False)),),
+    "chance": (Point("blocks.0", -1, CachedResidual(), Chance(3), 0.5),),
+    "uncertainty": tuple(Point(f"blocks.{k}", OUTPUT, HeadOutput(), Uncertainty(), -0.5) for k in range(5)),
 }
 
 
@@ -94,6 +123,8 @@ def test_captured_equals_eager(plan: str, compiled: bool | Tuning) -> None:
     for _ in range(2):
         torch.testing.assert_close(trajectory(captured, 6), want, atol=1e-4, rtol=1e-4)
     assert torch.equal(captured.report.depth, eager.report.depth)
+    if plan in ("chance", "uncertainty"):
+        assert len(captured.report.depth.unique()) > 1, "rows decide by themselves"
 
 
 def test_rows_do_not_know_each_other_in_captured_parts() -> None:
