@@ -306,7 +306,12 @@ def _shape_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
 def _flat(args: tuple[Any, ...], kwargs: Mapping[str, Any], spec: TreeSpec) -> tuple[list[Any], TreeSpec]:
     """Flatten inputs with keywords in the order of the exported model, whatever order they are given in."""
     children = spec.children() if callable(getattr(spec, "children", None)) else spec.children_specs
-    order = [k for k in children[1].context or [] if k in kwargs]
+    names = children[1].context or []
+    if not args and children[0].num_leaves == 0 and len(names) == len(kwargs) == children[1].num_leaves:
+        leaves = [kwargs.get(n) for n in names]
+        if all(isinstance(v, Tensor) for v in leaves):  # nothing is nested
+            return leaves, spec
+    order = [k for k in names if k in kwargs]
     return tree_flatten((args, {k: kwargs[k] for k in order} | dict(kwargs)))
 
 
