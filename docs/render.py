@@ -434,6 +434,39 @@ def decoding(page: Path) -> str:
     return "\n\n".join(parts) or nothing("make -C benchmarks results/decoding_llama_1b_h100.json")
 
 
+def writing(page: Path) -> str:
+    """How fast texts are written, in a few lines."""
+    lines: list[list[str]] = []
+    for _, result in benchmarked("decoding"):
+        speed = {(r["way"], r["rows"]): r["tokens_per_s"] for r in result["rows"] if "prompt_tokens" not in r}
+        where = machine(result["environment"])
+        shape = f"{result['shape']['blocks']} blocks of {result['shape']['width']}, exit made to agree at {result['agreement']:.0%}"
+        for rows in sorted({n for _, n in speed}):
+            plain = speed.get(("ours, plain", rows))
+            ours = {w: v for (w, n), v in speed.items() if n == rows and w.startswith("ours") and w != "ours, plain"}
+            if plain is None or not ours or any(cells[:2] == [shape, str(rows)] and cells[-1] == where for cells in lines):
+                continue
+            best = max(ours.values())
+            greedy, early = (speed.get((f"transformers, {w}", rows)) for w in ("greedy", "assistant_early_exit"))
+            beside = [f"{plain / greedy:.0f} times greedy `generate`"] if greedy else []
+            against = [f"{best / early:.0f} times `assistant_early_exit`"] if early else []
+            speeds = [f"{plain:,.0f}", f"{best:,.0f}", f"{best / plain:.2f}"]
+            lines.append([shape, str(rows), *speeds, "; ".join(beside + against) or "-", where])
+    for _, result in benchmarked("decoding_trained"):
+        rows = {r["group"]: r for r in result["rows"] if r["way"] == "verified"}
+        if (whole := rows.pop("all", None)) is None or device(result) == "cpu":
+            continue
+        each = [r["speedup"] for r in rows.values()]
+        shape = f"{result['shape']['blocks']} blocks, {result['model']['model']['parameters'] / 1e6:.0f} M, trained with its exit"
+        speeds = [f"{whole['plain_tokens_per_s']:,.0f}", f"{whole['tokens_per_s']:,.0f}", f"{whole['speedup']:.2f}"]
+        spread = f"{min(each):.2f} to {max(each):.2f} on {len(each)} groups of prompts"
+        lines.append([shape, "1", *speeds, spread, machine(result["environment"])])
+    if not lines:
+        return nothing("make -C benchmarks results/decoding_llama_1b_h100.json")
+    head = ["model", "texts at once", "plain, tokens/s", "with drafts", "times plain", "beside transformers, or by group", "on"]
+    return f"{table(head, sorted(lines, key=lambda cells: int(cells[1])))}\n\nPlain is ours: compiled, one captured graph a step."
+
+
 def decoding_trained(page: Path) -> str:
     """Speed-ups on a trained model, group by group of prompts."""
     parts = []
@@ -722,10 +755,9 @@ def diffusion(page: Path) -> str:
     return "\n\n".join(parts) or nothing("make -C benchmarks diffusion")
 
 
-RENDERERS: dict[str, Callable[[Path], str]] = {
-    f.__name__: f
-    for f in (pareto, guarantee, demo, efficiency, bars, claims, systems, decoding, exactness, decoding_trained, lm_systems, diffusion)
-}
+_BLOCKS = (pareto, guarantee, demo, efficiency, bars, claims, systems)
+_TEXT_BLOCKS = (decoding, writing, exactness, decoding_trained, lm_systems)
+RENDERERS: dict[str, Callable[[Path], str]] = {f.__name__: f for f in (*_BLOCKS, *_TEXT_BLOCKS, diffusion)}
 
 
 def main() -> int:
