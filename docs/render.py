@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from offramp.measure.image_plots import CostPoint, cost_quality
 from offramp.measure.pareto import Curve, Point, curve
 from offramp.measure.plots import Picture, pareto_chart, promise_histograms, standalone
 
@@ -593,6 +594,8 @@ def lm_systems(page: Path) -> str:
 # What denoising is held to on CUDA at batch 64: exit efficiency of schedules, and of rules that decide for each sample.
 SCHEDULES, RULES = 0.90, 0.80
 COST_SLACK = 1.02
+DRAWN = 1.25
+"""Settings whose FID is more than this over the full model's are in the table and not in the picture."""
 MEASURED = ("StateChange", "ResidualChange", "InputChange", "Uncertainty", "Chance")
 
 
@@ -717,6 +720,47 @@ def measured_by(result: Mapping[str, Any], family: str) -> str:
     return said + "".join(f" Of these {'; '.join(dict.fromkeys(parts))} {where}." for where, parts in elsewhere.items())
 
 
+@functools.cache
+def diffusion_pictures() -> dict[str, tuple[Picture, int]]:
+    """FID against executed FLOPs and against time by result and family, and how many settings lie above the picture."""
+    pictures = {}
+    for name, result in benchmarked("diffusion"):
+        if device(result) == "cpu":
+            continue
+        for family in result.get("plans", {}):
+            quality: dict[str, dict[int, Mapping[str, Any]]] = {}
+            times = {}
+            for r in (r for r in result["rows"] if r.get("system") == family):
+                if r["group"] == "quality":
+                    quality.setdefault(r["way"], {})[r["rows"]] = r
+                elif r["group"] == "time" and r["rows"] == 64:
+                    times[r["way"]] = r["over_full"]
+            for kind in ("flops", "time"):
+                points, full = [], None
+                for way in result["plans"][family]:
+                    found = list(quality.get(title_of(way), {}).values())
+                    cost = 1.0 if title_of(way) == "full model" else times.get(title_of(way)) if kind == "time" else None
+                    cost = found[0]["flops"] if found and kind == "flops" else cost
+                    if not found or cost is None:
+                        continue
+                    setting = "" if way["control"] else str(way["setting"]).removeprefix("cost ").partition(" ")[0]
+                    point = CostPoint(way["name"], setting, cost, tuple(r["fid"] for r in found), way["control"])
+                    if title_of(way) == "full model":
+                        full = point
+                    else:
+                        points.append(point)
+                if full is None or not points:
+                    continue
+                drawn = [q for q in points if q.mean <= DRAWN * full.mean]
+                words = "executed FLOPs" if kind == "flops" else "measured time at batch 64"
+                key = f"{name.removesuffix('.json').replace('_', '-')}-{family}-{kind}"
+                title = f"FID against {words}, {family}, {result['samples']:,} images, {machine(result['environment'])}"
+                axis = f"{words} (share of the full model)"
+                picture = cost_quality(drawn, key=key, title=title, cost=axis, full=full, size=(6.4, 4.4))
+                pictures[key] = picture, len(points) - len(drawn)
+    return pictures
+
+
 def diffusion(page: Path) -> str:
     """Every diffusion system against every control."""
     parts = []
@@ -731,6 +775,11 @@ def diffusion(page: Path) -> str:
             parts.append(headline(name, about, what) + measured_by(result, family) + (f" {said}" if said else ""))
             if not (lines := settings(result, family) if family in result.get("plans", {}) else []):
                 continue
+            start = f"{name.removesuffix('.json').replace('_', '-')}-{family}-"
+            for key, (picture, above) in diffusion_pictures().items():
+                if key.startswith(start):
+                    beyond = f" {above} settings with an FID over {DRAWN:g} times the full model's are in the table alone." if above else ""
+                    parts.append(f"{shown(page, key, picture)}\n\n{picture.title}.{beyond}")
             head = ["setting", "kind", "FLOPs / full", "time / full, batch 1", "batch 8", "batch 64",
                     "exit efficiency, batch 64 (of the whole model's time)", "FID", "FID, random network", "KID", "PSNR to full, dB",
                     "depth explained by the step", "cache bytes an image"]  # fmt: skip
@@ -765,7 +814,8 @@ def main() -> int:
     for page in PAGES:
         text = page.read_text()
         wanted[page] = BLOCK.sub(lambda m, page=page: f"{m.group(1)}{RENDERERS[m.group(2)](page)}\n{m.group(3)}", text)
-    for name, picture in (("pareto", pareto_picture()), ("guarantee", guarantee_picture())):
+    drawn = {name: picture for name, (picture, _) in diffusion_pictures().items()}
+    for name, picture in (("pareto", pareto_picture()), ("guarantee", guarantee_picture()), *drawn.items()):
         if picture is not None:
             wanted[PICTURES / f"{name}.svg"] = standalone(picture)
     stale = [path for path, text in wanted.items() if not path.exists() or path.read_text() != text]
