@@ -85,7 +85,7 @@ class Captured:
             once for all that are alike: a fraction of the compile time, for what the compiler would have joined across their borders.
         sizes: numbers of rows to capture besides that of the whole call, ascending; by default powers of two up to an eighth of the whole,
             at least 4, and multiples of that beyond.
-        most: graphs that are kept; of more, the oldest are given up.
+        most: graphs of parts, and of steps, that are kept; of more, the oldest are given up: of parts those that were not used for longest.
         code: compiled code of segments that is shared with others, such as those of other models of the same shape.
     """
 
@@ -144,11 +144,12 @@ class Captured:
 
     def part(self, key: Any, capture: Callable[[], Part]) -> Part:
         """A graph of a board, made on first use."""
-        found = self._parts.get(key)
+        found = self._parts.pop(key, None)
         if found is None:
             while len(self._parts) >= self.most:
                 del self._parts[next(iter(self._parts))]
-            found = self._parts[key] = capture()
+            found = capture()
+        self._parts[key] = found  # the last one used comes last
         return found
 
     def fuse(self, function: Callable[..., Any]) -> Callable[..., Any]:
