@@ -491,7 +491,8 @@ def decoding_trained(page: Path) -> str:
         whole = next((r for r in result["rows"] if r["way"] == "verified" and r["group"] == "all"), None)
         if whole is not None and device(result) != "cpu":
             off = abs(whole["predicted_over_measured"] - 1)
-            worst = max(abs(r["predicted_over_measured"] - 1) for r in result["rows"] if r["way"] == "verified" and r is not whole)
+            groups = [r for r in result["rows"] if r["way"] == "verified" and r is not whole]
+            worst = max((abs(r["predicted_over_measured"] - 1) for r in groups), default=off)
             notes.append(f"Speed-up of all groups >= {TRAINED_SPEEDUP}: {verdict(whole['speedup'] >= TRAINED_SPEEDUP)}.")
             notes.append(f"Prediction within {PREDICTION:.0%}: {verdict(off <= PREDICTION)}; of one group at worst: {worst:.1%} off.")
         parts.append(" ".join(notes))
@@ -751,7 +752,8 @@ def diffusion_pictures() -> dict[str, tuple[Picture, int]]:
                         points.append(point)
                 if full is None or not points:
                     continue
-                drawn = [q for q in points if q.mean <= DRAWN * full.mean]
+                if not (drawn := [q for q in points if q.mean <= DRAWN * full.mean]):
+                    continue
                 words = "executed FLOPs" if kind == "flops" else "measured time at batch 64"
                 key = f"{name.removesuffix('.json').replace('_', '-')}-{family}-{kind}"
                 title = f"FID against {words}, {family}, {result['samples']:,} images, {machine(result['environment'])}"

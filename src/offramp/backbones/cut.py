@@ -195,6 +195,19 @@ class Cut:
             value = _select(value, dim, rows)
         return value
 
+    def place(self, name: str, whole: Tensor | None, new: Tensor, rows: Tensor, count: int) -> Tensor:
+        """One live tensor of ``count`` rows with some of them (int64 ``[R]`` on its device) made anew; what was there is not written to.
+
+        Raises:
+            InvalidInput: it holds the batch in two dimensions.
+        """
+        dims = self.batch_dims.get(name, ())
+        if not dims:
+            return new
+        if len(dims) > 1:
+            raise InvalidInput(f"The tensor {name!r} holds the batch in dimensions {dims}, so some rows of it cannot be made anew.")
+        return (whole_like(new, dims, count) if whole is None else whole).index_copy(dims[0], rows, new)
+
     def hidden_name(self, boundary: int) -> str | None:
         """Name of the tensor that an exit reads at a boundary; ``None`` before the first and after the last segment."""
         return str(self.segments[boundary - 1].hidden) if 0 < boundary < len(self.segments) else None
@@ -253,25 +266,6 @@ class Cut:
         values = {n: made[n] if n in wanted else state.values[n] for n in self.names(stop)}
         return CutState(values, state.rows, stop, self._hidden(values, stop))
 
-    def join(self, states: Sequence[CutState]) -> CutState:
-        """Several groups of rows at one boundary as one, in order. What has no batch dimension is taken from the first group.
-
-        Raises:
-            InvalidInput: no states, states at different boundaries, or a tensor holds the batch in two dimensions.
-        """
-        if not states or len({s.at for s in states}) != 1:
-            raise InvalidInput(f"join takes states at one boundary, got states at {[s.at for s in states]}.")
-        if len(states) == 1:
-            return states[0]
-        values = {}
-        for name in self.names(states[0].at):
-            dims = self.batch_dims.get(name, ())
-            if len(dims) > 1:
-                raise InvalidInput(f"The tensor {name!r} holds the batch in dimensions {dims}, so rows of two groups cannot be joined.")
-            values[name] = torch.cat([s.values[name] for s in states], dim=dims[0]) if dims else states[0].values[name]
-        at = states[0].at
-        return CutState(values, sum(s.rows for s in states), at, self._hidden(values, at))
-
     def _hidden(self, values: Mapping[str, Any], boundary: int) -> Tensor | None:
         name = self.hidden_name(boundary)
         return None if name is None else values[name]
@@ -279,6 +273,15 @@ class Cut:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The whole model: begin, run everything, end."""
         return self.end(self.run(self.begin(*args, **kwargs), 0, len(self.segments)))
+
+
+def whole_like(tensor: Tensor, dims: tuple[int, ...], rows: int) -> Tensor:
+    """Zeros for other rows with the same order of strides: segments may view it as they viewed the whole batch's."""
+    order = sorted(range(tensor.ndim), key=tensor.stride, reverse=True)
+    if tensor.is_contiguous() or 0 in tensor.stride():
+        order = list(range(tensor.ndim))
+    room = tensor.new_zeros([rows if d in dims else tensor.shape[d] for d in order])
+    return room.permute(sorted(range(tensor.ndim), key=order.__getitem__))
 
 
 def _select(value: Tensor, dim: int, rows: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ Shapes: ``B`` rows, ``K`` exits, the model's own answer among them and last; ``C
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -239,43 +239,49 @@ class PlanView(DenoisingView):
         exact = self.net.noise.log_snr(call.kwargs[self.net.timestep_name]).tolist()  # one host read a step
         moment = Moment(exact, [0] * call.rows)
         fires = [[s >= p.point.threshold for s in p.point.signal.known(moment, p.index)] for p in points]  # type: ignore[union-attr]
-        here: tuple[list[int], CutState] | None = (list(range(call.rows)), made.begin(**call.kwargs))
-        landing: dict[int, list[tuple[list[int], CutState]]] = {}
+        values: dict[str, Tensor] = dict(made.begin(**call.kwargs).values)
+        here = list(range(call.rows))
+        landing: dict[int, list[tuple[BoundPoint, list[int]]]] = {}
         for boundary in range(len(made.segments) + 1):
-            groups = [*([here] if here else []), *landing.pop(boundary, [])]
-            here = ([r for rows, _ in groups for r in rows], made.join([s for _, s in groups])) if groups else None
+            for point, rows in landing.pop(boundary, []):
+                filled = self._fill(made, point, _taken(made, values, rows, point.start, call.rows), level[rows])
+                _place(made, values, filled, rows, call.rows)
+                here = sorted([*here, *rows])
             if boundary == len(made.segments):
                 break
             for point in (p for p in points if p.start == boundary):
-                if here is None:
-                    break
-                rows, state = here
-                gone = [r for r in rows if fires[point.index][r]]
-                left = [r for r in rows if not fires[point.index][r]]
-                if gone:
-                    away = self._skip(made, _taken(made, state, rows, gone), point, level[gone])
-                    landing.setdefault(point.stop, []).append((gone, away))
-                    here = (left, _taken(made, state, rows, left)) if left else None
-            if here is not None:
-                here = (here[0], self._run(made, here[1], part=len(here[0]) < call.rows))
-        if here is None:
-            raise RuntimeError("No row reached the output; this is a defect in the walk over the boundaries.")
-        rows, state = here
-        return (self.select(made.end(_taken(made, state, rows, sorted(rows)))),), (level,)
+                if gone := [r for r in here if fires[point.index][r]]:
+                    landing.setdefault(point.stop, []).append((point, gone))
+                    here = [r for r in here if not fires[point.index][r]]
+            if here:
+                done = self._run(made, _taken(made, values, here, boundary, call.rows), part=len(here) < call.rows)
+                _place(made, values, {n: done.values[n] for n in made.made(boundary, boundary + 1)}, here, call.rows)
+        last = len(made.segments)
+        return (self.select(made.end(CutState({n: values[n] for n in made.names(last)}, call.rows, last))),), (level,)
 
-    def _skip(self, made: Cut, state: CutState, point: BoundPoint, level: Tensor) -> CutState:
+    def _fill(self, made: Cut, point: BoundPoint, state: CutState, level: Tensor) -> dict[str, Tensor]:
         if point.point.fill.reads_head:
-            return made.skip(state, point.stop, {point.made[0]: point.head.output(state.hidden, level)})  # type: ignore[union-attr,operator]
-        return made.skip(state, point.stop, point.point.fill.fill({n: state.values[b] for n, b in point.pairs.items()}, (), None))
+            found = {point.made[0]: point.head.output(state.hidden, level)}  # type: ignore[union-attr,operator]
+        else:
+            found = point.point.fill.fill({n: state.values[b] for n, b in point.pairs.items()}, (), None)
+        return {n: found[n] for n in made.made(point.start, point.stop)}
 
 
-def _taken(made: Cut, state: CutState, rows: list[int], wanted: list[int]) -> CutState:
-    """The wanted rows of a state that has ``rows``."""
-    if wanted == rows:
-        return state
-    place = {r: k for k, r in enumerate(rows)}
-    device = next(v.device for v in state.values.values() if isinstance(v, Tensor))
-    return made.take(state, torch.tensor([place[r] for r in wanted], device=device))
+def _taken(made: Cut, values: Mapping[str, Tensor], rows: list[int], boundary: int, count: int) -> CutState:
+    """The state of some of ``count`` rows at a boundary."""
+    chosen = {n: values[n] for n in made.names(boundary)}
+    if len(rows) < count:
+        chosen = {n: made.select(n, t, torch.tensor(rows, device=t.device)) for n, t in chosen.items()}
+    name = made.hidden_name(boundary)
+    return CutState(chosen, len(rows), boundary, None if name is None else chosen[name])
+
+
+def _place(made: Cut, values: dict[str, Tensor], new: Mapping[str, Tensor], rows: list[int], count: int) -> None:
+    """Put what was made of some rows among all."""
+    for name, tensor in new.items():
+        if len(rows) < count:
+            tensor = made.place(name, values.get(name), tensor, torch.tensor(rows, device=tensor.device), count)
+        values[name] = tensor
 
 
 __all__ = ["DenoisingView", "ExitsView", "PlanView", "add_heads"]

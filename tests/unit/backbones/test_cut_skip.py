@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from offramp.backbones import Cut, cut
+from offramp.backbones import Cut, CutState, cut
 from offramp.core.errors import InvalidInput
 
 
@@ -65,15 +65,22 @@ def test_a_fill_that_is_missing_or_of_other_rows_is_named(made: Cut) -> None:
         made.skip(state, 3, {name: torch.zeros(2, 4)})
 
 
-def test_groups_of_rows_join_in_order(made: Cut) -> None:
+def test_rows_are_put_among_the_others_whatever_the_order(made: Cut) -> None:
     given = inputs(5)
     state = made.run(made.begin(*given), 0, 2)
-    order = [torch.tensor([4, 1]), torch.tensor([0]), torch.tensor([2, 3])]
-    joined = made.join([made.take(state, rows) for rows in order])
-    assert joined.rows == 5 and joined.at == 2
-    want = made(*given)[torch.cat(order)]
-    torch.testing.assert_close(made.end(made.run(joined, 2, 4)), want)
-    assert made.join([state]) is state
-    for wrong in ([], [state, made.run(state, 2, 3)]):
-        with pytest.raises(InvalidInput, match="one boundary"):
-            made.join(wrong)
+    values: dict[str, Tensor] = {}
+    for rows in (torch.tensor([4, 1]), torch.tensor([0]), torch.tensor([2, 3])):
+        some = made.take(state, rows)
+        for name in made.names(2):
+            before = values.get(name)
+            kept = None if before is None else before.clone()
+            values[name] = made.place(name, before, some.values[name], rows, 5)
+            assert before is None or torch.equal(before, kept), "what was there is not written to"
+    assert all(torch.equal(values[n], state.values[n]) for n in values)
+    torch.testing.assert_close(made.end(made.run(CutState(values, 5, 2), 2, 4)), made(*given))
+
+
+def test_rows_of_what_holds_the_batch_twice_are_refused(made: Cut, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(made.batch_dims, "pairs", (0, 1))
+    with pytest.raises(InvalidInput, match=r"dimensions \(0, 1\)"):
+        made.place("pairs", None, torch.zeros(2, 2), torch.tensor([0, 1]), 3)

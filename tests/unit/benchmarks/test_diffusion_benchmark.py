@@ -126,9 +126,9 @@ def test_block_by_block_is_what_eager_segments_make_and_rows_are_counted(ways: M
     made = model.draw(model.denoiser(way, counting), way, noise, labels)
     torch.testing.assert_close(made.images, plain.images, rtol=0, atol=1e-6)
     # Six rows with both branches, six steps, every second of which skips the blocks 2 and 3.
-    assert counting.rows == [36, 36, 18, 18, 36, 36]
+    assert counting.counts == [36, 36, 18, 18, 36, 36]
     flops = [s.flops for s in model.net.cut().spec.segments]
-    counted = sum(f * r for f, r in zip(flops, counting.rows, strict=True)) / (36 * sum(flops))
+    counted = sum(f * r for f, r in zip(flops, counting.counts, strict=True)) / (36 * sum(flops))
     assert made.cost == pytest.approx(counted) and model.share(made, model) == pytest.approx(counted)
 
 
@@ -140,7 +140,7 @@ def test_rules_by_sample_count_the_rows_that_ran(ways: ModuleType, model: Any) -
     counting = ways.Counting(Eager(), len(model.net.cut().segments))
     made = model.draw(model.denoiser(way, counting), way, noise, labels)
     flops = [s.flops for s in model.net.cut().spec.segments]
-    assert made.cost == pytest.approx(sum(f * r for f, r in zip(flops, counting.rows, strict=True)) / (36 * sum(flops)))
+    assert made.cost == pytest.approx(sum(f * r for f, r in zip(flops, counting.counts, strict=True)) / (36 * sum(flops)))
 
 
 def test_weights_change_in_place_and_the_whole_model_follows(ways: ModuleType, model: Any) -> None:

@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 
 from offramp.backbones import Cut, CutState
+from offramp.backbones.cut import whole_like
 from offramp.backbones.shared_code import SharedCode
 from offramp.core.errors import InvalidInput
 from offramp.core.noise import noise_share
 from offramp.diffusion import BoundPoint
 from offramp.engines.capture import Graph, Recorder, Tuning
 from offramp.engines.diffusion.row_graphs import Board, CapturedRows, Part, Room, push
-from offramp.engines.diffusion.rows import Fuse, as_it_is, whole_room
+from offramp.engines.diffusion.rows import Fuse, as_it_is
 from offramp.engines.diffusion.straight import Work, weigh
 from offramp.engines.diffusion.trajectory import Memory
 from offramp.policies.fills import Tensors
@@ -42,7 +43,7 @@ class _Step:
 
         def room(i: int, like: Tensors) -> None:
             def made() -> Room:
-                return Room([{n: whole_room(t, (0,), work.rows) for n, t in like.items()} for _ in range(fills[i].keeps)])
+                return Room([{n: whole_like(t, (0,), work.rows) for n, t in like.items()} for _ in range(fills[i].keeps)])
 
             self.rooms[i] = run.room(owner, work.cut, work.points, i, work.rows, made)
 

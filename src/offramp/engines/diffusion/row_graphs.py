@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from offramp.backbones import Cut
+from offramp.backbones.cut import whole_like
 from offramp.core.errors import InvalidInput
 from offramp.diffusion import BoundPoint
 from offramp.engines.capture import Arriving, Graph
-from offramp.engines.diffusion.rows import MISSING, Answer, alike, codes, compares, continued, filled, watched, whole_room
+from offramp.engines.diffusion.rows import MISSING, Answer, alike, codes, compares, continued, filled, measured, watched
 from offramp.engines.diffusion.trajectory import Host, Memory, not_finite
 from offramp.policies.denoising import Measured
 from offramp.policies.fills import Tensors
@@ -43,9 +44,9 @@ class Board:
 
     def __init__(self, cut: Cut, values: Mapping[str, Tensor], sample: Tensor, rows: int) -> None:
         self.cut, self.rows = cut, rows
-        self.values = {n: whole_room(t, cut.batch_dims.get(n, ()), rows) for n, t in values.items()}
+        self.values = {n: whole_like(t, cut.batch_dims.get(n, ()), rows) for n, t in values.items()}
         self._own = next((n for n, t in values.items() if t is sample), None)
-        self.sample = whole_room(sample, (0,), rows) if self._own is None else self.values[self._own]
+        self.sample = whole_like(sample, (0,), rows) if self._own is None else self.values[self._own]
         self.level = torch.zeros(rows, device=sample.device)
         self._index: dict[str, Tensor] = {}
         self._chosen: dict[str, bytes] = {}
@@ -98,7 +99,7 @@ class Board:
         if len(dims) > 1:
             raise InvalidInput(f"The tensor {name!r} holds the batch in two dimensions; run this model without graphs.")
         if name not in self.values:
-            self.values[name] = whole_room(like, dims, self.rows)
+            self.values[name] = whole_like(like, dims, self.rows)
 
 
 @dataclass
@@ -213,8 +214,7 @@ class CapturedRows:
         return answer
 
     def _capture_score(self, point: BoundPoint, room: Room, size: int) -> Part:
-        board, cut, signal = self._board, self._board.cut, point.point.signal
-        assert isinstance(signal, Measured)
+        board, cut, signal = self._board, self._board.cut, measured(point)
         index = None if size == board.rows else board.index("score", None, size)
         names = sorted({*point.pairs.values(), *filter(None, (cut.hidden_name(b) for b in (point.start, point.since or 0)))})
         part = Part(holds=point)
@@ -353,8 +353,8 @@ class CapturedRows:
                 kept, seen = self._keep(point, {n: board.values[n] for n in self._read(point)}, board.sample)
             flags = tuple(torch.zeros(board.rows, dtype=torch.bool, device=board.level.device) for _ in range(keeps))
             return Room(
-                [{n: whole_room(t, (0,), board.rows) for n, t in kept.items()} for _ in range(keeps)],
-                tuple(whole_room(t, (0,), board.rows) for t in seen),
+                [{n: whole_like(t, (0,), board.rows) for n, t in kept.items()} for _ in range(keeps)],
+                tuple(whole_like(t, (0,), board.rows) for t in seen),
                 flags if isinstance(point.point.signal, Measured) else (),
             )
 

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from offramp.backbones import Cut, CutState
-from offramp.core.errors import InvalidInput
 from offramp.diffusion import BoundPoint
 from offramp.engines.diffusion.trajectory import Host, Memory, on_device
 from offramp.policies.denoising import Measured, Seen
@@ -65,6 +64,15 @@ class Rows(Protocol):
 def compares(point: BoundPoint) -> bool:
     """Whether a point's signal compares with the last computed step."""
     return isinstance(point.point.signal, Measured) and point.point.signal.compares
+
+
+def measured(point: BoundPoint) -> Measured:
+    """The signal of a point that is asked."""
+    if not isinstance(point.point.signal, Measured):
+        raise RuntimeError(
+            "A point whose signal is known beforehand was asked for a score; this is a defect in the walk over the boundaries."
+        )
+    return point.point.signal
 
 
 def watched(cut: Cut, point: BoundPoint, values: Tensors, sample: Tensor) -> tuple[Tensor, ...]:
@@ -147,8 +155,7 @@ class EagerRows:
             self._place(name, done.values[name], rows)
 
     def ask(self, point: BoundPoint, memory: Memory, rows: Host, observe: bool) -> Answer:
-        signal = point.point.signal
-        assert isinstance(signal, Measured)
+        signal = measured(point)
         reference = tuple(self._take(t, rows) for t in memory.reference) if signal.compares else None
         now = watched(self.cut, point, _Chosen(self, rows), self._take(self.sample, rows))
         if reference is not None and not (reference and alike(now, reference)):
@@ -198,15 +205,8 @@ class EagerRows:
         return tensor if len(rows) == self.rows else self.cut.select(name, tensor, self._index(rows))
 
     def _place(self, name: str, new: Tensor, rows: Host) -> None:
-        dims = self.cut.batch_dims.get(name, ())
-        if len(rows) == self.rows or not dims:
-            self.values[name] = new
-            return
-        if len(dims) > 1:
-            raise InvalidInput(f"The tensor {name!r} holds the batch in dimensions {dims}, so rows of two groups cannot be joined.")
-        # Never in place: what is there may be shared with an input or with a memory.
-        old = self.values[name] if name in self.values else whole_room(new, dims, self.rows)
-        self.values[name] = old.index_copy(dims[0], self._index(rows), new)
+        whole = len(rows) == self.rows
+        self.values[name] = new if whole else self.cut.place(name, self.values.get(name), new, self._index(rows), self.rows)
 
 
 class _Chosen(Mapping[str, Tensor]):
@@ -228,12 +228,3 @@ class _Chosen(Mapping[str, Tensor]):
 def alike(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
     """Whether tensors of two lists can be compared."""
     return len(one) == len(other) and all(a.shape == b.shape and a.dtype == b.dtype for a, b in zip(one, other, strict=True))
-
-
-def whole_room(tensor: Tensor, dims: tuple[int, ...], rows: int) -> Tensor:
-    """Zeros for other rows with the same order of strides: segments may view it as they viewed the whole batch's."""
-    order = sorted(range(tensor.ndim), key=tensor.stride, reverse=True)
-    if tensor.is_contiguous() or 0 in tensor.stride():
-        order = list(range(tensor.ndim))
-    room = tensor.new_zeros([rows if d in dims else tensor.shape[d] for d in order])
-    return room.permute(sorted(range(tensor.ndim), key=order.__getitem__))
