@@ -568,13 +568,14 @@ def lm_systems(page: Path) -> str:
         captured = [
             [
                 f"{r['limit']:g}", number(r["threshold"], 2), number(r["left"], 2), number(r["disagreed"] / max(1, r["audited"])),
+                number(r["left"] * r["disagreed"] / max(1, r["audited"])),
                 f"{r['tokens_per_s']:,.0f}", f"{r['plain_tokens_per_s']:,.0f}", number(r["speedup"], 2),
             ]
             for r in rows if r["way"] == "captured leaves"
         ]  # fmt: skip
         if captured:
-            head = ["tokens leave at the first exit and catch up, in captured rounds: limit on disagreement", "threshold", "left",
-                    "of them disagreed", "tokens/s", "plain, tokens/s", "speed-up"]  # fmt: skip
+            head = ["tokens leave at the first exit and catch up, in captured rounds: most of all tokens that may disagree", "threshold",
+                    "left", "of them disagreed", "of all", "tokens/s", "plain, tokens/s", "speed-up"]  # fmt: skip
             parts.append(table(head, captured))
         leaves = [
             [

@@ -111,5 +111,5 @@ def test_the_table_of_systems(render: ModuleType, monkeypatch: pytest.MonkeyPatc
     text = render.lm_systems(PAGE)
     assert "| kangaroo | 2 | 6 | 0.60 | 2.00 | 1,200 | 1,000 | 1.20 | equal |" in text
     assert "| transformers, prompt_lookup | - | - | - | - | 70 | - | - | - |" in text
-    assert "| 0.05 | 0.80 | 0.40 | 0.040 | 1,500 | 1,000 | 1.50 |" in text
+    assert "| 0.05 | 0.80 | 0.40 | 0.040 | 0.016 | 1,500 | 1,000 | 1.50 |" in text
     assert "| free | CatchUp | 0.50 | 0.70 | 0.75 | 0.930 | 9.00 (8.00) | 9.50 (8.50) |" in text
