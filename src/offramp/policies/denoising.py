@@ -307,6 +307,11 @@ class Point:
         """Whether it needs a computed step of the row's trajectory."""
         return self.fill.keeps > 0 or (isinstance(self.signal, Measured) and self.signal.compares)
 
+    @cached_property
+    def follows(self) -> bool:
+        """Whether it matters which rows computed all of what it may skip: to remember them, or to count the steps since."""
+        return self.remembers or self.limits.max_reuse is not None
+
 
 def bin_of(log_snr: float, edges: Sequence[float]) -> int:
     """Which bin a log-SNR lies in; bin ``b`` holds ``edges[b-1] <= log_snr < edges[b]``."""

@@ -202,9 +202,9 @@ class Denoiser(nn.Module):
                 work = Work(made, points, path, call.rows)
                 values = self.run.step(work, state, branch.memories, log_snr[0], owner)
                 note(record, work)
-                for index, memory in enumerate(branch.memories):
-                    if index not in path.stored:
-                        memory.skipped(slice(None))
+                for p in points:
+                    if p.point.follows and p.index not in path.stored:
+                        branch.memories[p.index].skipped(slice(None))
             else:
                 rows = self.run.rows(made, points, state.values, sample, log_snr, owner)
                 Walk(made, points, branch, moment, final, why, rows, record, self.observe).all()

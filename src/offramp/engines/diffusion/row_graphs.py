@@ -63,12 +63,17 @@ class Board:
             self.send(self.level, np.asarray(level, dtype=np.float32))
 
     def index(self, kind: str, rows: Host | None, size: int) -> Tensor:
-        """Where parts of one kind find which rows they are run for (int64 ``[size]``); written, unless ``rows`` is ``None``."""
+        """Where parts of one kind find which rows they are run for (int64 ``[size]``); written, unless ``rows`` is ``None``.
+
+        What is run and what is asked after it are mostly the same rows, hence one kind.
+        """
         if kind not in self._index:
             self._index[kind] = torch.zeros(self.rows, dtype=torch.int64, device=self.level.device)
         place = self._index[kind][:size]
         if rows is not None and self._chosen.get(kind) != (key := rows.tobytes()):
-            self.send(place, np.concatenate([rows, np.full(size - len(rows), rows[-1])]))
+            chosen = np.empty(size, dtype=np.int64)
+            chosen[: len(rows)], chosen[len(rows) :] = rows, rows[-1]
+            self.send(place, chosen)
             self._chosen[kind] = key
         return place
 
@@ -173,13 +178,13 @@ class CapturedRows:
     def run(self, rows: Host, start: int, stop: int) -> None:
         board, size = self._board, self._run.size(len(rows), self._board.rows)
         if size < board.rows:
-            board.index("run", rows, size)
+            board.index("here", rows, size)
         part = self._run.part((board, start, stop, size), lambda: self._capture_run(start, stop, size))
         _replay(part)
 
     def _capture_run(self, start: int, stop: int, size: int) -> Part:
         board, cut = self._board, self._board.cut
-        index = None if size == board.rows else board.index("run", None, size)
+        index = None if size == board.rows else board.index("here", None, size)
         read, made = self._run.reads(cut, start, stop), cut.made(start, stop)
         if loose := [n for n in (*read, *made) if len(cut.batch_dims.get(n, ())) > 1]:
             raise InvalidInput(f"The tensor {loose[0]!r} holds the batch in two dimensions; run this model without graphs.")
@@ -197,7 +202,7 @@ class CapturedRows:
         board, size = self._board, self._run.size(len(rows), self._board.rows)
         room = self._room(point, memory)
         if size < board.rows:
-            board.index("score", rows, size)
+            board.index("here", rows, size)
         part = self._part("score", point, size, lambda: self._capture_score(point, room, size))
         if part.codes is None or part.score is None:
             return lambda: (np.full(len(rows), MISSING), None)
@@ -215,7 +220,7 @@ class CapturedRows:
 
     def _capture_score(self, point: BoundPoint, room: Room, size: int) -> Part:
         board, cut, signal = self._board, self._board.cut, measured(point)
-        index = None if size == board.rows else board.index("score", None, size)
+        index = None if size == board.rows else board.index("here", None, size)
         names = sorted({*point.pairs.values(), *filter(None, (cut.hidden_name(b) for b in (point.start, point.since or 0)))})
         part = Part(holds=point)
 

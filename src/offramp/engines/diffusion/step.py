@@ -98,14 +98,14 @@ class Walk:
             if not here.size:
                 continue
             for point in asks:
-                if point.point.remembers:
+                if point.point.follows:
                     self.open[point.index] = self._flags(self._seen(point, here) if compares(point) else here)
             self.record.spend(here, following - boundary, sum(s.flops for s in self.cut.spec.segments[boundary:following]))
-        for index, memory in enumerate(self.branch.memories):
+        for point in (p for p in self.points if p.point.follows):
             away = np.ones(self.count, dtype=bool)
-            if index in stored:
-                away[stored[index]] = False
-            memory.skipped(np.flatnonzero(away))
+            if point.index in stored:
+                away[stored[point.index]] = False
+            self.branch.memories[point.index].skipped(away)
 
     def _flags(self, rows: Host) -> Host:
         flags = np.zeros(self.count, dtype=bool)
@@ -163,9 +163,9 @@ class Walk:
             for other in self.points:  # what is under way across this place is not computed any more
                 if other.index in self.open and other.start <= point.start < other.stop:
                     self.open[other.index][gone] = False
-        for code, name in _NAMES.items():
-            if count := int(np.count_nonzero(found == code)):
-                self.record.reasons[point.index, name] += count
+        for code, count in enumerate(np.bincount(found - MISSING), MISSING):
+            if count:
+                self.record.reasons[point.index, _NAMES[code]] += int(count)
 
     def _known(self, point: BoundPoint, signal: Scheduled, asked: Host) -> Host:
         scores = np.asarray(signal.known(self.moment, point.index))[asked]
@@ -206,6 +206,7 @@ class Walk:
         rows = here[self.open.pop(point.index)[here]]
         if rows.size:
             memory = self.branch.memories[point.index]
-            self.rows.remember(point, memory, rows)
+            if point.point.remembers:
+                self.rows.remember(point, memory, rows)
             memory.note(rows, self.noise[rows])
         return rows

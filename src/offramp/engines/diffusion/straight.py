@@ -80,7 +80,7 @@ def find_path(points: Sequence[BoundPoint], last: int, ask: Callable[[BoundPoint
             parts.append(fired.index)
             at = fired.stop
             continue
-        opened |= {p.index: p for p in live if p.start == at and p.point.remembers}
+        opened |= {p.index: p for p in live if p.start == at and p.point.follows}
         following = stops[stops.index(at) + 1]
         parts.append((at, following))
         at = following

@@ -172,6 +172,15 @@ def test_guards_compute_the_first_and_the_last_step_and_cap_reuse(net: Denoising
     assert runner.report.depth[0].tolist() == [6, *[3] * 6]
 
 
+@pytest.mark.parametrize("signal", [NoiseLevel(), Uncertainty()])
+def test_a_cap_holds_for_exits_that_remember_nothing(net: DenoisingNet, signal: Any) -> None:
+    point = Point("blocks.0", OUTPUT if isinstance(signal, Uncertainty) else -1, Identity(), signal, ALWAYS, Guard(max_reuse=2, first=1))
+    fill = HeadOutput() if isinstance(signal, Uncertainty) else Identity()
+    runner = Denoiser(net, [Point(point.at, point.to, fill, signal, ALWAYS, point.guard)])
+    trajectory(runner, *draw(2))
+    assert (runner.report.depth == 6).tolist() == [[True, False, False, True, False, False, True]] * 2
+
+
 def test_what_is_not_finite_is_computed_and_its_batch_mates_do_not_notice(net: DenoisingNet) -> None:
     point = Point("blocks.0", -1, CachedResidual(), StateChange(), ALWAYS, Guard(max_reuse=None))
     x, y = draw(3)
