@@ -51,7 +51,6 @@ from diffusion_text import TEXT, TEXT_SYSTEMS, TextModel
 from diffusion_ways import (
     ByBlock,
     Called,
-    Counting,
     Model,
     Segments,
     Way,
@@ -572,28 +571,25 @@ class Benchmark:
         own, _, runner, segments = ready[model.name]
         rows = len(next(iter(full_calls[0].values())))
         functions: dict[str, Callable[[], object]] = {"full": partial(base.sample, Called(whole, base.net), full_way, noise, labels)}
-        counting: Counting | None = None
+        ran: list[int] = []
         if way.plain:
             functions["ours"] = partial(model.sample, Called(own, model.net), way, noise, labels)
         else:
-            if way.regions is None:
-                counting = Counting(runner, len(model.net.cut().segments))
-            denoiser = model.denoiser(way, runner if counting is None else counting)
+            denoiser = model.denoiser(way, runner)
             noted: list[dict[str, Any]] = []
             functions["ours"] = partial(model.sample, Called(denoiser, model.net), way, noise, labels)
             called = Called(denoiser, model.net, noted)
             model.sample(called, way, noise, labels)
-            if counting is not None:
+            if way.regions is None:
                 functions["full calls"] = partial(_each, whole, full_calls, None)
                 functions["calls"] = partial(_each, denoiser, noted, called.times)
-                counting.counts = [0] * len(counting.counts)
                 functions["calls"]()
-                ran = list(counting.counts)
+                ran = [denoiser.report.ran.get(k, 0) for k in range(len(model.net.cut().segments))]
                 functions["segments"] = segments
         done = compare(functions, reference="full", warmup=1, repeats=self.args.repeats, device=self.device)
         ms = {n: t.median_ms for n, t in done.timings.items()}
         found: dict[str, Any] = {}
-        if counting is not None:
+        if ran:
             each = segments.median_ms()
             segments.clear()
             ideal = ideal_ms(ran, rows, each)

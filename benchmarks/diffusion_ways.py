@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from train_diffusion import Trained, load_models, places, scheduler_for
 
-from offramp.backbones import Cut, CutState
+from offramp.backbones import Cut
 from offramp.backbones.graph import Segment
 from offramp.backbones.shared_code import SharedCode
 from offramp.backbones.taps import first_tensor
@@ -35,10 +35,7 @@ from offramp.engines.diffusion.pipeline import sample
 from offramp.engines.diffusion.region_graphs import CapturedRegions
 from offramp.engines.diffusion.regions import RegionDenoiser
 from offramp.engines.diffusion.report import Report
-from offramp.engines.diffusion.rows import Rows
 from offramp.engines.diffusion.run import Runner
-from offramp.engines.diffusion.straight import Work
-from offramp.engines.diffusion.trajectory import Host, Memory
 from offramp.policies.denoising import DENOISING_PARTS, Chance, Point, Scheduled
 from offramp.policies.skips import Layout
 from offramp.reduce import regions as token_regions
@@ -355,38 +352,6 @@ class ByBlock(Captured):
     def regions(self) -> CapturedRegions | None:
         """The same for steps of some tokens, of which all settings share the step of all of them; ``None`` (eager) on a CPU."""
         return CapturedRegions(self.device, self.compiled) if self.device.type == "cuda" else None
-
-
-class Counting:
-    """A runner that counts, for every segment, the rows that it was run for.
-
-    Attributes:
-        counts: by segment; rows that a graph computes along are not counted.
-    """
-
-    def __init__(self, inner: Runner, segments: int) -> None:
-        self.inner, self.counts = inner, [0] * segments
-
-    def forget(self) -> None:
-        self.inner.forget()
-
-    def rows(self, *args: Any) -> Rows:
-        made = self.inner.rows(*args)
-        run = made.run
-
-        def counted(rows: Host, start: int, stop: int) -> None:
-            for k in range(start, stop):
-                self.counts[k] += len(rows)
-            run(rows, start, stop)
-
-        made.run = counted  # type: ignore[method-assign]
-        return made
-
-    def step(self, work: Work, state: CutState, memories: Sequence[Memory], log_snr: float, owner: Any) -> dict[str, Tensor]:
-        for start, stop in work.path.spans:
-            for k in range(start, stop):
-                self.counts[k] += work.rows
-        return self.inner.step(work, state, memories, log_snr, owner)
 
 
 class Whole(nn.Module):

@@ -122,25 +122,30 @@ def test_block_by_block_is_what_eager_segments_make_and_rows_are_counted(ways: M
     noise, labels = model.noise(3, 1)
     plain = model.draw(model.denoiser(way), way, noise, labels)
     runner = ways.ByBlock(torch.device("cpu"), False, [2, 4, 6])
-    counting = ways.Counting(runner, len(model.net.cut().segments))
-    made = model.draw(model.denoiser(way, counting), way, noise, labels)
+    denoiser = model.denoiser(way, runner)
+    made = model.draw(denoiser, way, noise, labels)
     torch.testing.assert_close(made.images, plain.images, rtol=0, atol=1e-6)
     # Six rows with both branches, six steps, every second of which skips the blocks 2 and 3.
-    assert counting.counts == [36, 36, 18, 18, 36, 36]
+    ran = [denoiser.report.ran[k] for k in range(6)]
+    assert ran == [36, 36, 18, 18, 36, 36]
     flops = [s.flops for s in model.net.cut().spec.segments]
-    counted = sum(f * r for f, r in zip(flops, counting.counts, strict=True)) / (36 * sum(flops))
+    counted = sum(f * r for f, r in zip(flops, ran, strict=True)) / (36 * sum(flops))
     assert made.cost == pytest.approx(counted) and model.share(made, model) == pytest.approx(counted)
 
 
-def test_rules_by_sample_count_the_rows_that_ran(ways: ModuleType, model: Any) -> None:
+@pytest.mark.parametrize("captured", [False, True])
+def test_rules_by_sample_count_the_rows_that_ran(ways: ModuleType, model: Any, captured: bool) -> None:
+    """In captured parts too, where rows may go on before it is known that they leave."""
     blocks = model.layout.blocks
     points = (Point(blocks[0], blocks[2], CachedResidual(), StateChange(), -0.2),)
     way = ways.Way("rule", "", "flow", 6, points)
     noise, labels = model.noise(3, 1)
-    counting = ways.Counting(Eager(), len(model.net.cut().segments))
-    made = model.draw(model.denoiser(way, counting), way, noise, labels)
+    denoiser = model.denoiser(way, ways.ByBlock(torch.device("cpu"), False) if captured else Eager())
+    made = model.draw(denoiser, way, noise, labels)
     flops = [s.flops for s in model.net.cut().spec.segments]
-    assert made.cost == pytest.approx(sum(f * r for f, r in zip(flops, counting.counts, strict=True)) / (36 * sum(flops)))
+    assert made.cost == pytest.approx(
+        sum(f * r for f, r in zip(flops, (denoiser.report.ran[k] for k in range(6)), strict=True)) / (36 * sum(flops))
+    )
 
 
 def test_weights_change_in_place_and_the_whole_model_follows(ways: ModuleType, model: Any) -> None:

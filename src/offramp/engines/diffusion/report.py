@@ -28,6 +28,8 @@ class StepRecord:
         depth: segments that ran.
         flops: executed, heads included.
         fired: number of the first point that fired; -1 = none.
+        ran: rows that each segment ran for, by number of the segment; not those that a graph computes along, nor those that were sent away
+            while the next part was under way already.
         reasons: how often each (point, reason) decided.
         scores: (point, rows, score) of measured signals, if they are observed.
     """
@@ -36,6 +38,7 @@ class StepRecord:
     step: int
     log_snr: list[float]
     full: int
+    ran: Counter[int] = field(default_factory=Counter)
     reasons: Counter[tuple[int, str]] = field(default_factory=Counter)
     scores: list[tuple[int, Host, Tensor]] = field(default_factory=list)
 
@@ -49,6 +52,12 @@ class StepRecord:
         """Count what some rows ran."""
         self.depth[rows] += depth
         self.flops[rows] += flops
+
+    def run(self, rows: Host | slice, start: int, stop: int, flops: int) -> None:
+        """Count segments ``start`` to ``stop - 1`` of some rows."""
+        self.spend(rows, stop - start, flops)
+        for k in range(start, stop):
+            self.ran[k] += len(self.depth[rows])
 
     def fire(self, rows: Host | slice, point: int) -> None:
         """A point fired for some rows."""
@@ -71,6 +80,7 @@ class Report:
         cache_bytes: most that was remembered at once.
         scores: for every point ``[R, T]`` float32 scores, NaN where none was measured; empty unless observed.
         share: steps that were taken, of those that were asked for: a method that takes fewer spends the less.
+        ran: rows that each segment ran for, over all steps, as in `StepRecord`.
     """
 
     depth: Tensor
@@ -83,6 +93,7 @@ class Report:
     cache_bytes: int
     scores: Mapping[int, Tensor] = field(default_factory=dict)
     share: float = 1.0
+    ran: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def cost(self) -> float:
@@ -104,8 +115,10 @@ class Report:
         depth, fired = torch.full(shape, -1), torch.full(shape, -1)
         flops, log_snr = torch.full(shape, torch.nan, dtype=torch.float64), torch.full(shape, torch.nan, dtype=torch.float64)
         reasons: Counter[tuple[int, str]] = Counter()
+        ran: Counter[int] = Counter()
         scores: dict[int, Tensor] = {}
         for record in records:
+            ran.update(record.ran)
             column, start = steps.index(record.step), starts[record.branch]
             rows = slice(start, start + len(record.log_snr))
             depth[rows, column] = torch.from_numpy(record.depth)
@@ -116,4 +129,4 @@ class Report:
             for point, which, values in record.scores:
                 table = scores.setdefault(point, torch.full(shape, torch.nan))
                 table[torch.from_numpy(which) + start, column] = values.float().cpu()
-        return cls(depth, flops, log_snr, fired, segments, float(full), dict(reasons), cache_bytes, scores, share)
+        return cls(depth, flops, log_snr, fired, segments, float(full), dict(reasons), cache_bytes, scores, share, dict(ran))

@@ -82,10 +82,6 @@ class Board:
         given = torch.from_numpy(values)
         place.copy_(given.pin_memory() if place.device.type == "cuda" else given, non_blocking=True)
 
-    def take(self, tensor: Tensor, index: Tensor | None) -> Tensor:
-        """Rows of a tensor that has all of them in its first dimension."""
-        return tensor if index is None else tensor.index_select(0, index)
-
     def select(self, name: str, index: Tensor | None) -> Tensor:
         """Rows of a tensor of the cut."""
         return self.values[name] if index is None else self.cut.select(name, self.values[name], index)
@@ -251,15 +247,10 @@ class CapturedRows:
         return part
 
     def fill(self, point: BoundPoint, memory: Memory, rows: Host, weights: Sequence[Sequence[float]] | None) -> None:
-        board = self._board
-        size = None if len(rows) == board.rows else self._run.size(len(rows), board.rows)
-        room = self._room(point, memory)
-        if size is not None:
-            board.index("fill", rows, size)
-        part = self._part("fill", point, size, lambda: self._capture_fill(point, room, size))
+        part, _ = self._exactly("fill", point, memory, rows, self._capture_fill)
         if weights is not None and part.weights is not None:
             given = np.asarray([*weights, *[weights[-1]] * (len(part.weights) - len(rows))], dtype=np.float32)
-            board.send(part.weights, given)
+            self._board.send(part.weights, given)
         _replay(part)
 
     def _capture_fill(self, point: BoundPoint, room: Room, size: int | None) -> Part:
@@ -295,15 +286,20 @@ class CapturedRows:
         return part
 
     def remember(self, point: BoundPoint, memory: Memory, rows: Host) -> None:
-        board = self._board
-        size = None if len(rows) == board.rows else self._run.size(len(rows), board.rows)
-        room = self._room(point, memory)
-        if size is not None:
-            board.index("remember", rows, size)
-        part = self._part("remember", point, size, lambda: self._capture_remember(point, room, size))
+        part, room = self._exactly("remember", point, memory, rows, self._capture_remember)
         _replay(part)
         memory.snapshots = room.snapshots[: len(memory.snapshots) + 1]
         memory.reference = room.reference
+
+    def _exactly(
+        self, kind: str, point: BoundPoint, memory: Memory, rows: Host, capture: Callable[[BoundPoint, Room, int | None], Part]
+    ) -> tuple[Part, Room]:
+        """A part that must not touch other rows, ready to run, and where the point's memory is."""
+        size = None if len(rows) == self._board.rows else self._run.size(len(rows), self._board.rows)
+        room = self._room(point, memory)
+        if size is not None:
+            self._board.index(kind, rows, size)
+        return self._part(kind, point, size, lambda: capture(point, room, size)), room
 
     def _keep(self, point: BoundPoint, values: Tensors, sample: Tensor) -> tuple[Tensors, tuple[Tensor, ...]]:
         """What a computed step leaves: for the fill, and for the signal."""

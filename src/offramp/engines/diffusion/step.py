@@ -100,7 +100,7 @@ class Walk:
             for point in asks:
                 if point.point.follows:
                     self.open[point.index] = self._flags(self._seen(point, here) if compares(point) else here)
-            self.record.spend(here, following - boundary, sum(s.flops for s in self.cut.spec.segments[boundary:following]))
+            self.record.run(here, boundary, following, sum(s.flops for s in self.cut.spec.segments[boundary:following]))
         for point in (p for p in self.points if p.point.follows):
             away = np.ones(self.count, dtype=bool)
             if point.index in stored:

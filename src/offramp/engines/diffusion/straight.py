@@ -216,10 +216,10 @@ def weigh(p: BoundPoint, memory: Memory, log_snr: float) -> list[float]:
 
 def note(record: StepRecord, work: Work) -> None:
     """What a path executes, for every row."""
-    flops = sum(s.flops for start, stop in work.path.spans for s in work.cut.spec.segments[start:stop])
-    flops += sum(work.points[i].fill_flops for i in work.path.fired)
     everyone = slice(None)
-    record.spend(everyone, sum(stop - start for start, stop in work.path.spans), flops)
+    for start, stop in work.path.spans:
+        record.run(everyone, start, stop, sum(s.flops for s in work.cut.spec.segments[start:stop]))
+    record.spend(everyone, 0, sum(work.points[i].fill_flops for i in work.path.fired))
     for index in work.path.fired:
         record.fire(everyone, index)
     for key in work.path.reasons:

@@ -327,6 +327,7 @@ def test_where_hardly_a_row_left_the_others_go_on_before_the_answer(net: Denoisi
         assert gone[k] == eager.trajectory.branches[0].memories[0].gone
     assert torch.equal(eager.report.depth, captured.report.depth) and eager.report.reasons == captured.report.reasons
     assert gone == [None, 0, 0, 2, 4, 0]
+    assert captured.report.ran == eager.report.ran and eager.report.ran[3] == 24 - 6, "whoever left did not run, as far as is counted"
     waited, ahead = "run read run run", "run run read run"
     assert order == ["run run run", waited, ahead, ahead, "run read run", waited], "the first time nothing is known"
 
