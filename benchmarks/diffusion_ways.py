@@ -189,6 +189,7 @@ def run_sampler(
         without: those of the second guidance branch; ``None`` or ``guidance`` 1 runs one.
         guidance: its weight.
     """
+    _list_as(used, called.time_dtype)
     if isinstance(called.inner, Denoiser):
         called.inner.reset(lambda: used.timesteps)
     guided = guidance != 1.0 and without is not None
@@ -201,6 +202,18 @@ def run_sampler(
         called.times = used.timesteps
         if isinstance(called.inner, Denoiser):
             called.inner.release()
+
+
+def _list_as(used: Any, dtype: torch.dtype) -> None:
+    """Let a sampler that lists whole numbers list them in the model's type: what is cast at every step is no view of the list any more."""
+    listing = used.set_timesteps
+
+    def set_timesteps(*args: Any, **kwargs: Any) -> None:
+        listing(*args, **kwargs)
+        if not used.timesteps.is_floating_point():
+            used.timesteps = used.timesteps.to(dtype)
+
+    used.set_timesteps = set_timesteps
 
 
 @dataclass(frozen=True)

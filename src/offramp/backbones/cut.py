@@ -191,9 +191,7 @@ class Cut:
 
     def select(self, name: str, value: Tensor, rows: Tensor) -> Tensor:
         """Rows (int64 ``[R]`` on its device) of one live tensor, in that order; the tensor itself if it is the same for every row."""
-        for dim in self.batch_dims.get(name, ()):
-            value = _select(value, dim, rows)
-        return value
+        return select_rows(value, self.batch_dims.get(name, ()), rows)
 
     def place(self, name: str, whole: Tensor | None, new: Tensor, rows: Tensor, count: int) -> Tensor:
         """One live tensor of ``count`` rows with some of them (int64 ``[R]`` on its device) made anew; what was there is not written to.
@@ -284,13 +282,19 @@ def whole_like(tensor: Tensor, dims: tuple[int, ...], rows: int) -> Tensor:
     return room.permute(sorted(range(tensor.ndim), key=order.__getitem__))
 
 
-def _select(value: Tensor, dim: int, rows: Tensor) -> Tensor:
-    """Rows of a tensor, with its order of strides kept: later segments may view it as they viewed the whole batch's."""
-    if value.is_contiguous():
-        return value.index_select(dim, rows)
-    order = sorted(range(value.ndim), key=value.stride, reverse=True)
-    back = sorted(range(value.ndim), key=order.__getitem__)
-    return value.permute(order).index_select(order.index(dim), rows).permute(back)
+def select_rows(value: Tensor, dims: Sequence[int], rows: Tensor) -> Tensor:
+    """Rows (int64 ``[R]``) of a tensor that holds the batch in these dimensions.
+
+    The order of its strides is kept: later segments may view it as they viewed the whole batch's.
+    """
+    for dim in dims:
+        if value.is_contiguous():
+            value = value.index_select(dim, rows)
+            continue
+        order = sorted(range(value.ndim), key=value.stride, reverse=True)
+        back = sorted(range(value.ndim), key=order.__getitem__)
+        value = value.permute(order).index_select(order.index(dim), rows).permute(back)
+    return value
 
 
 def _shape_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:

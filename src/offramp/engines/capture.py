@@ -1,4 +1,4 @@
-"""Capturing calls as CUDA graphs, and reading a device's counts without a synchronisation.
+"""Capturing calls as CUDA graphs, and sending and reading numbers without a synchronisation.
 
 On the CPU a "graph" is a plain call and a mailbox is filled at once: that is how what is built on them is tested.
 """
@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -116,12 +118,52 @@ class Arriving:
         self._arrived = torch.cuda.Event()
         self._arrived.record(torch.cuda.current_stream(values.device))
 
-    def read(self) -> list[Any]:
+    def read(self) -> npt.NDArray[Any]:
         """They."""
         if self._arrived is not None:
             self._arrived.synchronize()
-        found: list[Any] = self._values.tolist()
-        return found
+        return self._values.numpy()
+
+
+class Outbox:
+    """Integers that the host sends to a device, each time from another place of pinned memory.
+
+    A host that only launches runs far ahead of the device, so half of the places are waited for before any of them is written again.
+
+    Args:
+        width: most integers of one sending.
+        device: where to.
+        places: how many, even.
+    """
+
+    def __init__(self, width: int, device: torch.device, places: int = 64) -> None:
+        self._cuda = device.type == "cuda"
+        held = torch.empty(places, width, dtype=torch.int64, pin_memory=self._cuda)
+        self._places, self._views = list(held), list(held.numpy())
+        self._half, self._next = places // 2, 0
+        self._sent: list[torch.cuda.Event | None] = [None, None]
+        self._stream: torch.cuda.Stream | None = None
+
+    def send(self, values: npt.NDArray[np.int64], to: Tensor) -> None:
+        """Write them to a tensor ``[n]`` of the device (int64), the last one repeated where ``n`` is larger, without waiting for it."""
+        if self._cuda:
+            self._wait(torch.cuda.current_stream(to.device))
+        place, count = self._next, len(to)
+        view = self._views[place]
+        view[: len(values)], view[len(values) : count] = values, values[-1]
+        to.copy_(self._places[place][:count], non_blocking=True)
+        self._next = (place + 1) % len(self._places)
+        if self._cuda and self._next % self._half == 0:
+            self._sent[place // self._half] = mark = torch.cuda.Event()
+            mark.record(self._stream)
+
+    def _wait(self, stream: torch.cuda.Stream) -> None:
+        if self._stream != stream:
+            if self._stream is not None:
+                self._stream.synchronize()
+            self._stream = stream
+        if self._next % self._half == 0 and (mark := self._sent[self._next // self._half]) is not None:
+            mark.synchronize()
 
 
 class Mailbox:

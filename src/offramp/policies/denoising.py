@@ -130,7 +130,8 @@ class NoiseSchedule(Scheduled):
             )
 
     def known(self, moment: Moment, place: int) -> list[float]:
-        return [float(self.skip[bin_of(x, self.edges)]) for x in moment.log_snr]
+        found = {x: float(self.skip[bin_of(x, self.edges)]) for x in set(moment.log_snr)}  # mostly one level for all rows
+        return [found[x] for x in moment.log_snr]
 
 
 @dataclass(frozen=True)

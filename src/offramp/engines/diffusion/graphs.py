@@ -85,7 +85,7 @@ class Captured:
         compiled: run through ``torch.compile``, for each number of rows by itself. With ``Tuning(shared_blocks=True)`` segment by segment,
             once for all that are alike: a fraction of the compile time, for what the compiler would have joined across their borders.
         sizes: numbers of rows to capture besides that of the whole call, ascending; by default powers of two up to an eighth of the whole,
-            at least 4, and multiples of that beyond.
+            at least 4, and multiples of that beyond; up to a sixteenth where code is shared, so that one more size compiles little.
         most: graphs of parts, and of steps, that are kept; of more, the oldest are given up: of parts those that were not used for longest.
         code: compiled code of segments that is shared with others, such as those of other models of the same shape.
     """
@@ -93,7 +93,7 @@ class Captured:
     device: torch.device
     compiled: bool | Tuning = True
     sizes: Sequence[int] | None = None
-    most: int = 256
+    most: int = 1024
     code: SharedCode | None = None
     _parts: dict[Any, Part] = field(default_factory=dict, repr=False)
     _boards: dict[Any, Board] = field(default_factory=dict, repr=False)
@@ -125,7 +125,7 @@ class Captured:
             return rows
         if self.sizes is not None:
             return min(next((s for s in self.sizes if s >= rows), whole), whole)
-        part = max(4, -(-whole // 8))
+        part = max(4, -(-whole // (8 if self.code is None else 16)))
         return min(1 << (rows - 1).bit_length() if rows <= part else -(-rows // part) * part, whole)
 
     def rows(

@@ -11,20 +11,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from offramp.backbones import Cut
-from offramp.backbones.cut import whole_like
+from offramp.backbones.cut import select_rows, whole_like
 from offramp.core.errors import InvalidInput
 from offramp.diffusion import BoundPoint
-from offramp.engines.capture import Arriving, Graph
+from offramp.engines.capture import Arriving, Graph, Outbox
 from offramp.engines.diffusion.rows import MISSING, Answer, alike, codes, compares, continued, filled, measured, watched
 from offramp.engines.diffusion.trajectory import Host, Memory, not_finite
-from offramp.policies.denoising import Measured
+from offramp.policies.denoising import Measured, Seen
 from offramp.policies.fills import Tensors
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ class Board:
         self._own = next((n for n, t in values.items() if t is sample), None)
         self.sample = whole_like(sample, (0,), rows) if self._own is None else self.values[self._own]
         self.level = torch.zeros(rows, device=sample.device)
+        self._outbox = Outbox(rows, sample.device)
         self._index: dict[str, Tensor] = {}
         self._chosen: dict[str, bytes] = {}
 
@@ -71,9 +73,7 @@ class Board:
             self._index[kind] = torch.zeros(self.rows, dtype=torch.int64, device=self.level.device)
         place = self._index[kind][:size]
         if rows is not None and self._chosen.get(kind) != (key := rows.tobytes()):
-            chosen = np.empty(size, dtype=np.int64)
-            chosen[: len(rows)], chosen[len(rows) :] = rows, rows[-1]
-            self.send(place, chosen)
+            self._outbox.send(rows, place)
             self._chosen[kind] = key
         return place
 
@@ -207,7 +207,7 @@ class CapturedRows:
         scores = part.score.clone() if observe else None
 
         def answer() -> tuple[Host, Tensor | None]:
-            found = np.array(arriving.read())
+            found = arriving.read()
             if size < board.rows:
                 return found[: len(rows)], None if scores is None else scores[: len(rows)]
             return found[rows], None if scores is None else scores[torch.from_numpy(rows).to(scores.device)]
@@ -217,31 +217,20 @@ class CapturedRows:
     def _capture_score(self, point: BoundPoint, room: Room, size: int) -> Part:
         board, cut, signal = self._board, self._board.cut, measured(point)
         index = None if size == board.rows else board.index("here", None, size)
-        names = sorted({*point.pairs.values(), *filter(None, (cut.hidden_name(b) for b in (point.start, point.since or 0)))})
         part = Part(holds=point)
-
-        def ask(
-            values: Tensors, sample: Tensor, reference: tuple[Tensor, ...], broken: tuple[Tensor, ...], level: Tensor, index: Tensor | None
-        ) -> tuple[Tensor, Tensor]:
-            if index is not None:
-                values = {n: cut.select(n, t, index) for n, t in values.items()}
-                sample, level = sample.index_select(0, index), level.index_select(0, index)
-                reference = tuple(t.index_select(0, index) for t in reference)
-                broken = tuple(t.index_select(0, index) for t in broken)
-            now = watched(cut, point, values, sample)
-            score = signal.score(now, reference if signal.compares else None, level, point.head)
-            return score, codes(score, broken, point.point.threshold)
-
-        if signal.compares:
-            now = watched(cut, point, {n: board.select(n, None) for n in names}, board.sample)
-            if not alike(now, room.reference):
-                return part
-        function = self._run.fuse(ask) if point.head is None else ask
+        names: list[str | None] = [*point.pairs.values()] or [cut.hidden_name(point.start)]
+        names.append(None if point.since is None else cut.hidden_name(point.since))
+        # Before the first segment the state is the noisy input.
+        *state, since = [(board.sample, (0,)) if n is None else (board.values[n], cut.batch_dims.get(n, ())) for n in names]
+        looked_at = _LookedAt(tuple(state), None if point.since is None else since, board.sample)
+        if signal.compares and not alike(signal.watch(_seen(looked_at, None)), room.reference):
+            return part
+        threshold = torch.tensor(point.point.threshold, dtype=torch.float32, device=board.level.device)
+        reference = room.reference if signal.compares else None
+        function = self._run.fuse(_score)
 
         def call() -> None:
-            part.score, part.codes = function(
-                {n: board.values[n] for n in names}, board.sample, room.reference, room.broken, board.level, index
-            )
+            part.score, part.codes = function(signal, point.head, looked_at, reference, room.broken, board.level, threshold, index)
 
         part.graph = self._run.capture(call)
         return part
@@ -257,8 +246,6 @@ class CapturedRows:
         board, cut, fill = self._board, self._board.cut, point.point.fill
         index = None if size is None else board.index("fill", None, size)
         names = list(point.pairs.values()) if fill.paired else []
-        if fill.reads_head:
-            names = [str(cut.hidden_name(point.start))]
         made = cut.made(point.start, point.stop)
         part = Part(holds=point)
         if fill.keeps > 1:
@@ -271,14 +258,20 @@ class CapturedRows:
                 level = level.index_select(0, index)
             return filled(cut, point, values, snapshots, weights, level)
 
-        function = self._run.fuse(give) if point.head is None else give
-        given = (room.snapshots, part.weights, board.level, index)
-        found = give({n: board.values[n] for n in names}, *given)
-        for name in made:
-            board.provide(name, found[name])
+        values = {n: board.values[n] for n in names}
+        fused = self._run.fuse(give)
+        plain: Callable[[], Tensors] = partial(give, values, room.snapshots, part.weights, board.level, index)
+        function: Callable[[], Tensors] = partial(fused, values, room.snapshots, part.weights, board.level, index)
+        if fill.reads_head:
+            state = str(cut.hidden_name(point.start))
+            answer = self._run.fuse(_answer)
+            given = point.head, (board.values[state], cut.batch_dims.get(state, ())), board.level, index
+            plain, function = (lambda: {made[0]: _answer(*given)}), lambda: {made[0]: answer(*given)}
+        for name, new in plain().items():
+            board.provide(name, new)
 
         def call() -> None:
-            found = function({n: board.values[n] for n in names}, *given)
+            found = function()
             for name in made:
                 board.place(name, found[name], index)
 
@@ -370,6 +363,42 @@ class CapturedRows:
 
     def _part(self, kind: str, point: BoundPoint, size: int | None, capture: Callable[[], Part]) -> Part:
         return self._run.part((self._board, kind, self._owner, id(point), size), capture)
+
+
+class _LookedAt(NamedTuple):
+    """What a signal looks at, of all rows, each with the dimensions that hold the batch; as in `Seen`."""
+
+    state: tuple[tuple[Tensor, tuple[int, ...]], ...]
+    since: tuple[Tensor, tuple[int, ...]] | None
+    sample: Tensor
+
+
+def _seen(at: _LookedAt, index: Tensor | None) -> Seen:
+    if index is None:
+        return Seen(tuple(t for t, _ in at.state), None if at.since is None else at.since[0], at.sample)
+    state = tuple(select_rows(t, dims, index) for t, dims in at.state)
+    return Seen(state, None if at.since is None else select_rows(*at.since, index), at.sample.index_select(0, index))
+
+
+# Names and numbers of points are no part of these two, so that what is compiled for one point serves the others.
+
+
+def _score(
+    signal: Measured, head: Any, at: _LookedAt, reference: tuple[Tensor, ...] | None, broken: tuple[Tensor, ...], level: Tensor,
+    threshold: Tensor, index: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    now = signal.watch(_seen(at, index))
+    if index is not None:
+        reference = None if reference is None else tuple(t.index_select(0, index) for t in reference)
+        broken, level = tuple(t.index_select(0, index) for t in broken), level.index_select(0, index)
+    score = signal.score(now, reference, level, head)
+    return score, codes(score, broken, threshold)
+
+
+def _answer(head: Any, state: tuple[Tensor, tuple[int, ...]], level: Tensor, index: Tensor | None) -> Tensor:
+    hidden = state[0] if index is None else select_rows(*state, index)
+    answer: Tensor = head.output(hidden, level if index is None else level.index_select(0, index))
+    return answer
 
 
 def _replay(part: Part) -> None:

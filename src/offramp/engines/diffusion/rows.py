@@ -121,8 +121,8 @@ def filled(
     return made
 
 
-def codes(score: Tensor, broken: Sequence[Tensor], threshold: float) -> Tensor:
-    """int8 ``[R]`` of scores."""
+def codes(score: Tensor, broken: Sequence[Tensor], threshold: float | Tensor) -> Tensor:
+    """int8 ``[R]`` of scores (float32)."""
     sound = score.isfinite()
     for flags in broken:
         sound = sound & ~flags

@@ -33,6 +33,7 @@ class Structure:
         self._buffers = {path: dict(m._buffers) for path, m in self._modules.items()}
         self._around = {path: _around(m) for path, m in self._modules.items()}
         self._places = self._pointers()
+        self._note()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Structure:
         return Structure(copy.deepcopy(self.model, memo))
@@ -46,6 +47,30 @@ class Structure:
         Raises:
             InvalidInput: modules, parameters, buffers or hooks are others; says which and what to do.
         """
+        if not self._intact():
+            self._look_closely()
+            self._note()
+        before, self._places = self._places, self._pointers()
+        return before != self._places
+
+    def _note(self) -> None:
+        """All that may not change, beside where it is: looked through in a fraction of a millisecond, as the device waits."""
+        kinds = ("_modules", "_parameters", "_buffers", *_HOOKS)
+        dictionaries = [getattr(m, kind) for m in self._modules.values() for kind in kinds]
+        self._held = [(tuple(d.items()), d) for d in dictionaries]
+        self._forwards = [(m.__dict__.get("forward"), m.__dict__) for m in self._modules.values()]
+
+    def _intact(self) -> bool:
+        for held, now in self._held:
+            if len(held) != len(now):
+                return False
+            for name, value in held:
+                if now.get(name) is not value:
+                    return False
+        return all(now.get("forward") is held for held, now in self._forwards)
+
+    def _look_closely(self) -> None:
+        """Refuse what is not followed, saying where it is."""
         now = dict(self.model.named_modules())
         self._check_modules(now)
         for path, module in now.items():
@@ -56,8 +81,6 @@ class Structure:
                 if not _equal(self._buffers[path], module._buffers):
                     self._refuse(path, "its buffers are other tensors with other values")
                 self._buffers[path] = dict(module._buffers)
-        before, self._places = self._places, self._pointers()
-        return before != self._places
 
     def _check_modules(self, now: dict[str, nn.Module]) -> None:
         for path in [*now, *self._modules]:
