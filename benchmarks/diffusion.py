@@ -559,7 +559,15 @@ class Benchmark:
             called = Called(model.module, model.net, noted)
             model.sample(called, Way("", "", model.name, self.args.steps), noise, labels)
             runner = ByBlock(self.device, self.code is not None, code=self.code)
-            ready[model.name] = (Whole(model.net, noted[0]), noted, runner, Segments(model.net, runner, noted[0]))
+            segments = Segments(model.net, runner, noted[0])
+            # The full model is whichever of two is faster: one compiled function, or the parts that plans are made of without a plan.
+            forms: dict[str, torch.nn.Module] = {"compiled whole": Whole(model.net, noted[0]), "in parts": Denoiser(model.net, run=runner)}
+            ran = {n: partial(_each, m, noted, called.times) for n, m in forms.items()}
+            done = compare(ran, reference="compiled whole", warmup=1, repeats=self.args.repeats, device=self.device)
+            ms = {n: t.median_ms / len(noted) for n, t in done.timings.items()}
+            fastest = min(ms, key=ms.__getitem__)
+            self.sheet.call.setdefault("full_ms", {})[f"{name}, batch {batch}: {model.name}"] = {**ms, "taken": fastest}
+            ready[model.name] = (forms[fastest], noted, called.times, runner, segments)
 
     def _time(self, name: str, way: Way, batch: int, ready: dict[str, Any]) -> None:
         """Whole runs and the denoiser's calls alone, each in turn with the full model's."""
@@ -567,8 +575,8 @@ class Benchmark:
         base, full_way = family[name], Way("full model", "", name, self.args.steps)
         noise, labels = base.noise(batch, TIMING_SEED)
         model = model_of(family, way)
-        whole, full_calls, _, _ = ready[name]
-        own, _, runner, segments = ready[model.name]
+        whole, full_calls, full_times, _, _ = ready[name]
+        own, _, _, runner, segments = ready[model.name]
         rows = len(next(iter(full_calls[0].values())))
         functions: dict[str, Callable[[], object]] = {"full": partial(base.sample, Called(whole, base.net), full_way, noise, labels)}
         ran: list[int] = []
@@ -581,7 +589,7 @@ class Benchmark:
             called = Called(denoiser, model.net, noted)
             model.sample(called, way, noise, labels)
             if way.regions is None:
-                functions["full calls"] = partial(_each, whole, full_calls, None)
+                functions["full calls"] = partial(_each, whole, full_calls, full_times)
                 functions["calls"] = partial(_each, denoiser, noted, called.times)
                 functions["calls"]()
                 ran = [denoiser.report.ran.get(k, 0) for k in range(len(model.net.cut().segments))]

@@ -6,8 +6,9 @@ On the CPU a "graph" is a plain call and a mailbox is filled at once: that is ho
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -99,6 +100,34 @@ class Recorder:
         limits: dict[str, Any] = {"recompile_limit": 1024, "accumulated_recompile_limit": 4096}
         with torch._dynamo.config.patch(limits) if self.compiled else contextlib.nullcontext():
             return Graph(function, self.device, self.pool)
+
+
+class Beside:
+    """A stream of its own for what others wait for, also while a graph is captured: then its kernels run beside theirs.
+
+    All that was started must be waited for, and what it makes be held until then.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def start(self, functions: Sequence[Callable[[], Any]]) -> Sequence[Callable[[], Any]]:
+        """Run these one after another; each answer waits for the result of its own."""
+        if self._stream is None:
+            return functions
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        waits = []
+        with torch.cuda.stream(self._stream):
+            for function in functions:
+                found, done = function(), torch.cuda.Event()
+                done.record(self._stream)
+                waits.append(partial(self._wait, found, done))
+        return waits
+
+    def _wait(self, found: Any, done: torch.cuda.Event) -> Any:
+        torch.cuda.current_stream(self._device).wait_event(done)
+        return found
 
 
 class Arriving:

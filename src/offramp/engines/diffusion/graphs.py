@@ -11,18 +11,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from offramp.backbones import Cut, CutState
 from offramp.backbones.cut import whole_like
+from offramp.backbones.early_part import early_part
 from offramp.backbones.shared_code import SharedCode
 from offramp.core.errors import InvalidInput
 from offramp.core.noise import noise_share
 from offramp.diffusion import BoundPoint
-from offramp.engines.capture import Graph, Recorder, Tuning
+from offramp.engines.capture import Beside, Graph, Recorder, Tuning
 from offramp.engines.diffusion.row_graphs import Board, CapturedRows, Part, Room, push
 from offramp.engines.diffusion.rows import Fuse, as_it_is
 from offramp.engines.diffusion.straight import Work, weigh
@@ -74,6 +76,16 @@ class _Step:
         return self.work(self.inputs, remembered, self.weights, self.level, run, fuse)
 
 
+class _Piece(NamedTuple):
+    """A segment by shared code, what does not wait for the state by itself."""
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    rest: Callable[..., Any]
+    first: Callable[..., Any] | None = None
+    reads: tuple[str, ...] = ()
+
+
 @dataclass
 class Captured:
     """Runs segments as captured graphs (an `offramp.engines.diffusion.run.Runner`).
@@ -83,7 +95,8 @@ class Captured:
     Args:
         device: where the denoiser is.
         compiled: run through ``torch.compile``, for each number of rows by itself. With ``Tuning(shared_blocks=True)`` segment by segment,
-            once for all that are alike: a fraction of the compile time, for what the compiler would have joined across their borders.
+            once for all that are alike: a fraction of the compile time, for what the compiler would have joined across their borders. What
+            of a segment does not wait for the one before, such as its conditioning, then runs beside it.
         sizes: numbers of rows to capture besides that of the whole call, ascending; by default powers of two up to an eighth of the whole,
             at least 4, and multiples of that beyond; up to a sixteenth where code is shared, so that one more size compiles little.
         most: graphs of parts, and of steps, that are kept; of more, the oldest are given up: of parts those that were not used for longest.
@@ -98,7 +111,7 @@ class Captured:
     _parts: dict[Any, Part] = field(default_factory=dict, repr=False)
     _boards: dict[Any, Board] = field(default_factory=dict, repr=False)
     _functions: dict[Any, Any] = field(default_factory=dict, repr=False)
-    _pieces: dict[Any, Callable[..., Any]] = field(default_factory=dict, repr=False)
+    _pieces: dict[Any, _Piece] = field(default_factory=dict, repr=False)
     _steps: dict[Any, _Step] = field(default_factory=dict, repr=False)
     _rooms: dict[Any, tuple[Room, Any]] = field(default_factory=dict, repr=False)
     _weights: dict[Any, Any] = field(default_factory=dict, repr=False)
@@ -109,6 +122,7 @@ class Captured:
         if self.sizes is not None and (not self.sizes or list(self.sizes) != sorted(set(self.sizes)) or self.sizes[0] < 1):
             raise InvalidInput(f"sizes must be ascending numbers of rows from 1, got {self.sizes}.")
         self.recorder = Recorder(self.device, self.compiled)
+        self._beside = Beside(self.device)
         if self.code is None and self.recorder.compiled and self.recorder.tuning.shared_blocks:
             self.code = SharedCode(dynamic=False, options=self.recorder.tuning.options() or None)
 
@@ -181,10 +195,40 @@ class Captured:
         return found
 
     def _shared(self, code: SharedCode, cut: Cut, start: int, stop: int, read: tuple[str, ...]) -> Any:
-        for k in range(start, stop):
-            if (cut, k) not in self._pieces:
-                self._pieces[cut, k] = code.bind(cut.segments[k].module)
-        return _function(cut, start, stop, read, [self._pieces[cut, k] for k in range(start, stop)])
+        made = cut.made(start, stop)
+        pieces = [self._piece(code, cut, k) for k in range(start, stop)]
+
+        def run(*given: Tensor) -> tuple[Tensor, ...]:
+            values = dict(zip(read, given, strict=True))
+            # Of the first there is nothing to run beside, and others may read what is made on the way.
+            firsts = {
+                k: partial(piece.first, *(values[n] for n in piece.reads))
+                for k, piece in enumerate(pieces)
+                if k and piece.first is not None and all(n in values for n in piece.reads)
+            }
+            ready = dict(zip(firsts, self._beside.start([*firsts.values()]), strict=True)) if firsts else {}
+            held = []  # until all has run: memory that is let go may be given out again on the other stream
+            for k, piece in enumerate(pieces):
+                more: tuple[Tensor, ...] = ()
+                if piece.first is not None:
+                    more = ready[k]() if k in ready else piece.first(*(values[n] for n in piece.reads))
+                    held.append(more)
+                values |= zip(piece.outputs, piece.rest(*(values[n] for n in piece.inputs), *more), strict=True)
+            return tuple(values[n] for n in made)
+
+        return run
+
+    def _piece(self, code: SharedCode, cut: Cut, k: int) -> _Piece:
+        if (cut, k) not in self._pieces:
+            segment = cut.segments[k]
+            before = cut.names(k - 1) if k else ()
+            split = early_part(segment.module, [n in before for n in segment.inputs])
+            if split is None:
+                self._pieces[cut, k] = _Piece(segment.inputs, segment.outputs, code.bind(segment.module))
+            else:
+                reads = tuple(segment.inputs[i] for i in split.reads)
+                self._pieces[cut, k] = _Piece(segment.inputs, segment.outputs, code.bind(split.rest), code.bind(split.first), reads)
+        return self._pieces[cut, k]
 
     def step(self, work: Work, state: CutState, memories: Sequence[Memory], log_snr: float, owner: Any) -> dict[str, Tensor]:
         self._drop_moved(work.cut)
