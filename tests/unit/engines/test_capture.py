@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch._inductor
 
-from offramp.engines.capture import Mailbox, Recorder, Tuning
+from offramp.engines.capture import Arriving, Beside, Mailbox, Outbox, Recorder, Tuning
 
 CPU = torch.device("cpu")
 
@@ -37,3 +38,25 @@ def test_a_mailbox_counts_how_often_the_host_has_waited() -> None:
     box.wait()
     box.at_least(2)
     assert box.waits == 2
+
+
+def test_an_outbox_sends_from_its_places_in_turn_and_repeats_the_last() -> None:
+    box, to = Outbox(6, CPU, places=4), torch.full((6,), -1)
+    for k in range(9):  # more often than there are places
+        values = np.arange(k, k + 3)
+        box.send(values, to[:5])
+        assert to.tolist() == [k, k + 1, k + 2, k + 2, k + 2, -1]
+    box.send(np.array([7]), to[:1])
+    assert to[0] == 7
+
+
+def test_what_arrives_is_what_was_there_when_it_was_sent() -> None:
+    values = torch.tensor([3, 1], dtype=torch.int8)
+    arriving = Arriving(values)
+    values.zero_()
+    assert arriving.read().tolist() == [3, 1]
+
+
+def test_what_runs_beside_is_answered_in_any_order() -> None:
+    waits = Beside(CPU).start([lambda: 1, lambda: 2])
+    assert [waits[1](), waits[0]()] == [2, 1]

@@ -183,6 +183,8 @@ def test_rows_run_in_the_next_size_and_what_was_there_before_does_not_matter(net
     assert [run.size(r, 6) for r in range(1, 7)] == [1, 2, 4, 4, 6, 6]
     assert sorted({run.size(r, 64) for r in range(1, 65)}) == [1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64]
     assert all(r <= run.size(r, 64) < r + 8 for r in range(1, 65))
+    finer = Captured(CPU, compiled=False, code=SharedCode(dynamic=False))  # where one more size compiles little
+    assert sorted({finer.size(r, 128) for r in range(1, 129)}) == [1, 2, 4, *range(8, 129, 8)]
     few = Captured(CPU, compiled=False, sizes=(3,))
     assert [few.size(r, 6) for r in (1, 3, 4)] == [3, 3, 6]
     with pytest.raises(InvalidInput, match="ascending"):
