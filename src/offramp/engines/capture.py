@@ -6,6 +6,7 @@ On the CPU a "graph" is a plain call and a mailbox is filled at once: that is ho
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -166,18 +167,25 @@ class Outbox:
     """
 
     def __init__(self, width: int, device: torch.device, places: int = 64) -> None:
-        self._cuda = device.type == "cuda"
+        self._device, self._cuda = device, device.type == "cuda"
         held = torch.empty(places, width, dtype=torch.int64, pin_memory=self._cuda)
         self._places, self._views = list(held), list(held.numpy())
         self._half, self._next = places // 2, 0
         self._sent: list[torch.cuda.Event | None] = [None, None]
         self._stream: torch.cuda.Stream | None = None
 
+    def begin(self) -> None:
+        """What is sent from now on is sent on the current stream."""
+        if self._cuda and self._stream != (stream := torch.cuda.current_stream(self._device)):
+            if self._stream is not None:
+                self._stream.synchronize()
+            self._stream = stream
+
     def send(self, values: npt.NDArray[np.int64], to: Tensor) -> None:
         """Write them to a tensor ``[n]`` of the device (int64), the last one repeated where ``n`` is larger, without waiting for it."""
-        if self._cuda:
-            self._wait(torch.cuda.current_stream(to.device))
         place, count = self._next, len(to)
+        if place % self._half == 0 and (mark := self._sent[place // self._half]) is not None:
+            mark.synchronize()
         view = self._views[place]
         view[: len(values)], view[len(values) : count] = values, values[-1]
         to.copy_(self._places[place][:count], non_blocking=True)
@@ -185,14 +193,6 @@ class Outbox:
         if self._cuda and self._next % self._half == 0:
             self._sent[place // self._half] = mark = torch.cuda.Event()
             mark.record(self._stream)
-
-    def _wait(self, stream: torch.cuda.Stream) -> None:
-        if self._stream != stream:
-            if self._stream is not None:
-                self._stream.synchronize()
-            self._stream = stream
-        if self._next % self._half == 0 and (mark := self._sent[self._next // self._half]) is not None:
-            mark.synchronize()
 
 
 class Mailbox:
@@ -239,3 +239,10 @@ class Mailbox:
             pass
         values: list[int] = self._view.tolist()
         return values
+
+    def arrived(self) -> npt.NDArray[np.int64]:
+        """All values, as soon as they are there; other threads of the host may go on meanwhile."""
+        self.waits += 1
+        while not self.ready:
+            time.sleep(0)
+        return self._view.copy()

@@ -22,7 +22,7 @@ from offramp.backbones import Cut
 from offramp.backbones.cut import select_rows, whole_like
 from offramp.core.errors import InvalidInput
 from offramp.diffusion import BoundPoint
-from offramp.engines.capture import Arriving, Graph, Outbox
+from offramp.engines.capture import Graph, Mailbox, Outbox
 from offramp.engines.diffusion.rows import MISSING, Answer, alike, codes, compares, continued, filled, measured, watched
 from offramp.engines.diffusion.trajectory import Host, Memory, not_finite
 from offramp.policies.denoising import Measured, Seen
@@ -55,6 +55,7 @@ class Board:
 
     def begin(self, values: Mapping[str, Tensor], sample: Tensor, level: Sequence[float]) -> None:
         """Take the inputs of a call."""
+        self._outbox.begin()
         for name, value in values.items():
             self.values[name].copy_(value)
         if self._own is None:
@@ -111,14 +112,16 @@ class Part:
         graph: ``None`` where there is nothing to run.
         weights: of the remembered steps ``[size, keeps]``.
         score: ``[size]``.
-        codes: int8 ``[size]``.
+        codes: where the host finds the answers ``[size]``, each 1 more than its code.
+        open: whether an answer is on its way.
         holds: what must live as long as the graph.
     """
 
     graph: Graph | None = None
     weights: Tensor | None = None
     score: Tensor | None = None
-    codes: Tensor | None = None
+    codes: Mailbox | None = None
+    open: bool = False
     holds: Any = None
 
 
@@ -170,8 +173,14 @@ class CapturedRows:
 
     def __init__(self, run: Captured, board: Board, points: Sequence[BoundPoint], owner: Any) -> None:
         self._run, self._board, self._points, self._owner = run, board, points, owner
+        self._waited = False
 
     def run(self, rows: Host, start: int, stop: int) -> None:
+        if self._waited and self._run.code is not None and stop - start > 1:
+            # The device has nothing to do until the next graph is launched, which takes long for many segments.
+            self._waited = False
+            self.run(rows, start, start + 1)
+            start += 1
         board, size = self._board, self._run.size(len(rows), self._board.rows)
         if size < board.rows:
             board.index("here", rows, size)
@@ -202,12 +211,17 @@ class CapturedRows:
         part = self._part("score", point, size, lambda: self._capture_score(point, room, size))
         if part.codes is None or part.score is None:
             return lambda: (np.full(len(rows), MISSING), None)
+        box = part.codes
+        if part.open and board.level.is_cuda:  # an answer that nobody took, as after an interruption, must not be taken for this one
+            torch.cuda.synchronize(board.level.device)
+        part.open = True
+        box.clear()
         _replay(part)
-        arriving = Arriving(part.codes)
         scores = part.score.clone() if observe else None
 
         def answer() -> tuple[Host, Tensor | None]:
-            found = arriving.read()
+            found = box.arrived() - 1
+            part.open, self._waited = False, True
             if size < board.rows:
                 return found[: len(rows)], None if scores is None else scores[: len(rows)]
             return found[rows], None if scores is None else scores[torch.from_numpy(rows).to(scores.device)]
@@ -228,9 +242,11 @@ class CapturedRows:
         threshold = torch.tensor(point.point.threshold, dtype=torch.float32, device=board.level.device)
         reference = room.reference if signal.compares else None
         function = self._run.fuse(_score)
+        part.codes = box = Mailbox(size, board.level.device)
 
         def call() -> None:
-            part.score, part.codes = function(signal, point.head, looked_at, reference, room.broken, board.level, threshold, index)
+            part.score, found = function(signal, point.head, looked_at, reference, room.broken, board.level, threshold, index)
+            box.post(found)
 
         part.graph = self._run.capture(call)
         return part
@@ -392,7 +408,7 @@ def _score(
         reference = None if reference is None else tuple(t.index_select(0, index) for t in reference)
         broken, level = tuple(t.index_select(0, index) for t in broken), level.index_select(0, index)
     score = signal.score(now, reference, level, head)
-    return score, codes(score, broken, threshold)
+    return score, codes(score, broken, threshold).long() + 1
 
 
 def _answer(head: Any, state: tuple[Tensor, tuple[int, ...]], level: Tensor, index: Tensor | None) -> Tensor:

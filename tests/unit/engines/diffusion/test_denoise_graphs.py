@@ -17,7 +17,7 @@ from offramp.backbones import cut
 from offramp.backbones.shared_code import SharedCode
 from offramp.core.errors import InvalidInput
 from offramp.diffusion import DenoisingNet
-from offramp.engines.capture import Arriving, Tuning
+from offramp.engines.capture import Mailbox, Tuning
 from offramp.engines.diffusion.denoise import Denoiser
 from offramp.engines.diffusion.graphs import Captured
 from offramp.engines.diffusion.row_graphs import CapturedRows
@@ -303,9 +303,9 @@ def test_any_plan_gives_the_same_in_every_way_of_running_it(net: DenoisingNet, s
 def test_where_hardly_a_row_left_the_others_go_on_before_the_answer(net: DenoisingNet, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also when the guess was wrong: rows that are sent away after all have their own answer, and are not remembered as computed."""
     events: list[str] = []
-    read, run = Arriving.read, CapturedRows.run
+    read, run = Mailbox.arrived, CapturedRows.run
 
-    def reading(self: Arriving) -> list[Any]:
+    def reading(self: Mailbox) -> Any:
         events.append("read")
         return read(self)
 
@@ -313,7 +313,7 @@ def test_where_hardly_a_row_left_the_others_go_on_before_the_answer(net: Denoisi
         events.append("run")
         run(self, rows, start, stop)
 
-    monkeypatch.setattr(Arriving, "read", reading)
+    monkeypatch.setattr(Mailbox, "arrived", reading)
     monkeypatch.setattr(CapturedRows, "run", running)
     plan = [Point("blocks.1", -1, CachedResidual(), InputChange(), -0.2, Guard(max_reuse=None, last=False))]
     eager, captured = Denoiser(net, plan), Denoiser(net, plan, run=Captured(CPU, compiled=False))
@@ -351,3 +351,23 @@ def test_a_signal_that_looks_back_is_asked_of_the_rows_that_were_there(net: Deno
                 torch.testing.assert_close(got[k][row : row + 1], want, atol=1e-5, rtol=1e-5)
             assert torch.equal(alone.report.depth[0], together.report.depth[row])
         assert len({tuple(d) for d in together.report.depth.tolist()}) == 2, "one of them jumped over the place at first"
+
+
+@pytest.mark.parametrize("plan", ["state change", "residual change"])
+def test_after_an_answer_the_first_segment_is_launched_alone(net: DenoisingNet, plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where code is shared, so that it costs no compiling; the answers stay what they are."""
+    spans: list[tuple[int, int]] = []
+    part = CapturedRows._capture_run
+
+    def capturing(self: CapturedRows, start: int, stop: int, size: int) -> Any:
+        spans.append((start, stop))
+        return part(self, start, stop, size)
+
+    monkeypatch.setattr(CapturedRows, "_capture_run", capturing)
+    code = SharedCode(dynamic=False, backend="eager")
+    x, y = draw(4)
+    found = trajectory(Denoiser(net, PLANS[plan], run=Captured(CPU, compiled=True, code=code)), x, y)
+    for got, want in zip(found, trajectory(Denoiser(net, PLANS[plan]), x, y), strict=True):
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    at = net.boundary("blocks.0")
+    assert (at, at + 1) in spans and any(start == at + 1 for start, _ in spans)
