@@ -181,8 +181,19 @@ class Cut:
         """The model's outputs, in the structure its forward returns (tuple, dict, dataclass)."""
         if state.at != len(self.segments):
             raise InvalidInput(f"The state is at segment {state.at} of {len(self.segments)}; run the rest first.")
-        leaves = [state.values.get(f"out{i}", self._output_constants.get(i)) for i in range(self._out_spec.num_leaves)]
-        return tree_unflatten(leaves, self._out_spec)
+        return tree_unflatten(self._leaves(state), self._out_spec)
+
+    def end_as_tuple(self, state: CutState) -> tuple[Any, ...] | None:
+        """The same as a tuple, as diffusers' models return it without ``return_dict``; ``None`` if an output consists of several."""
+        kind, leaves = self._out_spec.type, self._leaves(state)
+        if state.at != len(self.segments) or self._out_spec.num_nodes != len(leaves) + 1:
+            return None
+        if isinstance(kind, type) and issubclass(kind, Mapping):
+            return tuple(leaf for leaf in leaves if leaf is not None)
+        return tuple(leaves) if kind is tuple else None
+
+    def _leaves(self, state: CutState) -> list[Any]:
+        return [state.values.get(f"out{i}", self._output_constants.get(i)) for i in range(self._out_spec.num_leaves)]
 
     def take(self, state: CutState, rows: Tensor) -> CutState:
         """The state of the given rows (int64 ``[R]`` on the state's device), in that order."""

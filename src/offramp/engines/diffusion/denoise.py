@@ -16,13 +16,13 @@ import math
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from offramp.backbones import Cut, CutState
 from offramp.core.noise import NoiseScale
 from offramp.diffusion import BoundPoint, Call, DenoisingNet
 from offramp.engines.diffusion.report import Report, StepRecord
@@ -87,6 +87,8 @@ class Denoiser(nn.Module):
         self._caller = 0
         self.trajectory = Trajectory()
         self._bound: dict[Any, tuple[BoundPoint, ...]] = {}
+        self._inputs: dict[Any, tuple[tuple[str, str], ...]] = {}
+        self._works: dict[Any, Work] = {}
         self._schedule: Any = None
         self._host: tuple[Tensor, list[float]] | None = None
         self._levels: dict[float, float] = {}
@@ -105,7 +107,14 @@ class Denoiser(nn.Module):
         """Another denoiser that remembers nothing; cuts are made anew, on first use."""
         made = type(self).__new__(type(self))
         memo[id(self)] = made
-        memo |= {id(self._bound): {}, id(self.net._cuts): {}, id(self.trajectory): Trajectory(), id(self._records): deque(maxlen=4096)}
+        memo |= {
+            id(self._bound): {},
+            id(self._inputs): {},
+            id(self._works): {},
+            id(self.net._cuts): {},
+            id(self.trajectory): Trajectory(),
+            id(self._records): deque(maxlen=4096),
+        }
         made.__dict__ = {n: copy.deepcopy(v, memo) for n, v in self.__dict__.items() if n not in ("_schedule", "_host")}
         made._schedule = made._host = None
         return made
@@ -195,11 +204,11 @@ class Denoiser(nn.Module):
                 self._check()
                 self._records.clear()
             record = StepRecord(self.trajectory.branch, self.trajectory.step, log_snr, made.spec.flops)
-            state = made.begin(**call.kwargs)
+            state = self._begin(made, call)
             owner = (self, self.trajectory.branch)
             if self.straight and is_straight(points, branch, moment, final):
                 path = straight_path(points, len(made.segments), branch, moment, final, why)
-                work = Work(made, points, path, call.rows)
+                work = self._work(Work(made, points, path, call.rows))
                 values = self.run.step(work, state, branch.memories, log_snr[0], owner)
                 note(record, work)
                 for p in points:
@@ -209,8 +218,9 @@ class Denoiser(nn.Module):
                 rows = self.run.rows(made, points, state.values, sample, log_snr, owner)
                 Walk(made, points, branch, moment, final, why, rows, record, self.observe).all()
                 values = rows.outputs()
-            state = replace(state, values=values, at=len(made.segments))
-            output = made.end(state)
+            state = CutState(values, call.rows, len(made.segments))
+            plain = None if call.return_dict else made.end_as_tuple(state)
+            output = made.end(state) if plain is None else plain
             self._records.append(record)
             self._peak = max(self._peak, self.trajectory.cache_bytes)
         if call.return_dict:
@@ -218,6 +228,24 @@ class Denoiser(nn.Module):
         if isinstance(output, Mapping):
             return tuple(v for v in output.values() if v is not None)
         return output if isinstance(output, tuple) else (output,)
+
+    def _begin(self, made: Cut, call: Call) -> CutState:
+        """The inputs bound. Calls of one form differ in their tensors alone, so later ones are not looked through again."""
+        known = self._inputs.get(call.key)
+        if known is not None:
+            return CutState({n: call.kwargs[given] for n, given in known}, call.rows, 0)
+        state = made.begin(**call.kwargs)
+        given = {n: v for n, v in call.kwargs.items() if isinstance(v, Tensor)}
+        names = {id(v): n for n, v in given.items()}
+        if len(names) == len(given) and all(id(v) in names for v in state.values.values()):
+            self._inputs[call.key] = tuple((n, names[id(v)]) for n, v in state.values.items())
+        return state
+
+    def _work(self, work: Work) -> Work:
+        """The same object for the same work, with what is counted once."""
+        if len(self._works) > 1024:
+            self._works.clear()
+        return self._works.setdefault((work.cut, id(work.points), work.path, work.rows), work)
 
     def _log_snr(self, times: list[float]) -> list[float]:
         """Noise level of every row; each timestep is asked for once in a trajectory, so that equal ones have equal levels."""

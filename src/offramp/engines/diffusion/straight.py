@@ -9,8 +9,10 @@ Shapes: ``B`` rows of a call.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -95,12 +97,19 @@ class Work:
         points: the plan on it.
         path: what is done.
         rows: B.
+        executed: segments that a row runs, its FLOPs, and rows that run each segment.
     """
 
     cut: Cut
     points: tuple[BoundPoint, ...]
     path: Path
     rows: int
+
+    @cached_property
+    def executed(self) -> tuple[int, int, Counter[int]]:
+        ran = [k for start, stop in self.path.spans for k in range(start, stop)]
+        flops = sum(self.cut.spec.segments[k].flops for k in ran) + sum(self.points[i].fill_flops for i in self.path.fired)
+        return len(ran), flops, Counter(dict.fromkeys(ran, self.rows))
 
     def __call__(
         self,
@@ -151,8 +160,10 @@ def is_straight(points: Sequence[BoundPoint], branch: Branch, moment: Moment, fi
 
 
 def _same(column: Sequence[Any] | Host) -> bool:
-    found = np.asarray(column)
-    return bool((found == found[0]).all() or np.isnan(found).all())
+    if isinstance(column, np.ndarray):
+        held = column.tobytes()
+        return held == held[: column.itemsize] * len(column)
+    return column.count(column[0]) == len(column)
 
 
 def straight_path(points: Sequence[BoundPoint], last: int, branch: Branch, moment: Moment, final: Host, why: str) -> Path:
@@ -216,11 +227,9 @@ def weigh(p: BoundPoint, memory: Memory, log_snr: float) -> list[float]:
 
 def note(record: StepRecord, work: Work) -> None:
     """What a path executes, for every row."""
-    everyone = slice(None)
-    for start, stop in work.path.spans:
-        record.run(everyone, start, stop, sum(s.flops for s in work.cut.spec.segments[start:stop]))
-    record.spend(everyone, 0, sum(work.points[i].fill_flops for i in work.path.fired))
-    for index in work.path.fired:
-        record.fire(everyone, index)
+    depth, flops, record.ran = work.executed
+    record.spend(slice(None), depth, flops)
+    if work.path.fired:
+        record.fire(slice(None), work.path.fired[0])
     for key in work.path.reasons:
         record.reasons[key] += work.rows
