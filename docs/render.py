@@ -577,16 +577,19 @@ def lm_systems(page: Path) -> str:
             head = ["tokens leave at the first exit and catch up, in captured rounds: most of all tokens that may disagree", "threshold",
                     "left", "of them disagreed", "of all", "tokens/s", "plain, tokens/s", "speed-up"]  # fmt: skip
             parts.append(table(head, captured))
+        tokens = result["even_prompts"] * result["even_new_tokens"]
         leaves = [
             [
                 r["system"], r["fill"], number(r["left"], 2), number(r["blocks_share"], 2), number(r["cost"], 2), number(r["agreement"]),
                 f"{r['perplexity']:.2f} ({r['perplexity_plain']:.2f})", f"{r['perplexity_first']:.2f} ({r['perplexity_first_plain']:.2f})",
+                f"{tokens / r['reference_s']:,.0f} ({tokens / r['reference_plain_s']:,.0f})",
             ]
             for r in rows if r["way"] == "leaves"
         ]  # fmt: skip
         if leaves:
             head = ["tokens that leave", "fill", "left", "blocks / plain", "weights read / plain", "agreement",
-                    "perplexity of the text (plain's)", "under the first model (plain's)"]  # fmt: skip
+                    "perplexity of the text (plain's)", "under the first model (plain's)",
+                    f"tokens/s, {result['even_prompts']} texts at once, eager (plain's)"]  # fmt: skip
             parts.append(table(head, leaves))
     return "\n\n".join(parts) or nothing("make -C benchmarks results/lm_systems_h100.json")
 
