@@ -94,6 +94,7 @@ def test_the_table_of_systems(render: ModuleType, monkeypatch: pytest.MonkeyPatc
     leaves = {
         "way": "leaves", "system": "free", "fill": "CatchUp", "left": 0.5, "blocks_share": 0.7, "cost": 0.75, "agreement": 0.93,
         "perplexity": 9.0, "perplexity_plain": 8.0, "perplexity_first": 9.5, "perplexity_first_plain": 8.5,
+        "reference_s": 1.5, "reference_plain_s": 1.2,
     }  # fmt: skip
     captured = {
         "way": "captured leaves", "system": "ours: catch-up", "limit": 0.05, "threshold": 0.8, "left": 0.4, "audited": 200, "disagreed": 8,
@@ -105,6 +106,8 @@ def test_the_table_of_systems(render: ModuleType, monkeypatch: pytest.MonkeyPatc
         "dtype": "bfloat16",
         "environment": MACHINE,
         "seconds_of_training": 25.0,
+        "even_prompts": 12,
+        "even_new_tokens": 64,
         "rows": [drafts, leaves, captured, peer],
     }
     monkeypatch.setattr(render, "results", lambda: {"c.json": result})
@@ -112,4 +115,4 @@ def test_the_table_of_systems(render: ModuleType, monkeypatch: pytest.MonkeyPatc
     assert "| kangaroo | 2 | 6 | 0.60 | 2.00 | 1,200 | 1,000 | 1.20 | equal |" in text
     assert "| transformers, prompt_lookup | - | - | - | - | 70 | - | - | - |" in text
     assert "| 0.05 | 0.80 | 0.40 | 0.040 | 0.016 | 1,500 | 1,000 | 1.50 |" in text
-    assert "| free | CatchUp | 0.50 | 0.70 | 0.75 | 0.930 | 9.00 (8.00) | 9.50 (8.50) |" in text
+    assert "| free | CatchUp | 0.50 | 0.70 | 0.75 | 0.930 | 9.00 (8.00) | 9.50 (8.50) | 512 (640) |" in text
