@@ -167,6 +167,12 @@ class Captured:
         self._parts[key] = found  # the last one used comes last
         return found
 
+    def milliseconds(self, board: Board, start: int, stop: int, size: int) -> float | None:
+        """What segments take for a number of rows, as one graph or as two; ``None`` if no such graphs were made."""
+        spans = [(start, stop)] if (board, start, stop, size) in self._parts else [(start, start + 1), (start + 1, stop)]
+        found = [self._parts[board, *span, size].milliseconds for span in spans if (board, *span, size) in self._parts]
+        return None if len(found) < len(spans) or None in found else sum(found)  # type: ignore[arg-type]
+
     def fuse(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """A few operations in memory as one: compiled for any number of rows, as there is little to gain from knowing it."""
         return self.recorder.wrap(function, dynamic=True)

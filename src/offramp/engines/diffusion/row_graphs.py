@@ -32,6 +32,13 @@ if TYPE_CHECKING:
     from offramp.engines.diffusion.graphs import Captured
 
 
+FEW = 16
+"""A part of the batch so small that without it the rest would hardly run faster, as long as that was not measured."""
+
+WAIT_MS = 0.15
+"""What a device stands still, from making an answer to the first kernel that depends on it (0.12 to 0.2 ms measured on an H200)."""
+
+
 class Board:
     """The tensors of calls of one form at fixed addresses.
 
@@ -114,6 +121,7 @@ class Part:
         score: ``[size]``.
         codes: where the host finds the answers ``[size]``, each 1 more than its code.
         open: whether an answer is on its way.
+        milliseconds: of the graph on the device, if that was measured.
         holds: what must live as long as the graph.
     """
 
@@ -122,6 +130,7 @@ class Part:
     score: Tensor | None = None
     codes: Mailbox | None = None
     open: bool = False
+    milliseconds: float | None = None
     holds: Any = None
 
 
@@ -169,11 +178,17 @@ class CapturedRows:
         owner: whose memories will be given.
     """
 
-    ahead = True
-
     def __init__(self, run: Captured, board: Board, points: Sequence[BoundPoint], owner: Any) -> None:
         self._run, self._board, self._points, self._owner = run, board, points, owner
-        self._waited = False
+        self._idle = self._waited = False
+
+    def ahead(self, rows: int, staying: int, start: int, stop: int) -> bool:
+        whole = self._run.size(rows, self._board.rows)
+        less = self._run.size(staying, self._board.rows) if staying else 0
+        times = [self._run.milliseconds(self._board, start, stop, size) if size else 0.0 for size in (whole, less)]
+        if times[0] is None or times[1] is None:
+            return rows - staying <= self._board.rows // FEW
+        return times[0] - times[1] < WAIT_MS
 
     def run(self, rows: Host, start: int, stop: int) -> None:
         if self._waited and self._run.code is not None and stop - start > 1:
@@ -181,6 +196,7 @@ class CapturedRows:
             self._waited = False
             self.run(rows, start, start + 1)
             start += 1
+        self._idle = self._waited = False
         board, size = self._board, self._run.size(len(rows), self._board.rows)
         if size < board.rows:
             board.index("here", rows, size)
@@ -201,7 +217,8 @@ class CapturedRows:
             for name, new in zip(made, function(*(board.select(n, index) for n in read)), strict=True):
                 board.place(name, new, index)
 
-        return Part(self._run.capture(call))
+        graph = self._run.capture(call)
+        return Part(graph, milliseconds=graph.milliseconds())
 
     def ask(self, point: BoundPoint, memory: Memory, rows: Host, observe: bool) -> Answer:
         board, size = self._board, self._run.size(len(rows), self._board.rows)
@@ -214,14 +231,14 @@ class CapturedRows:
         box = part.codes
         if part.open and board.level.is_cuda:  # an answer that nobody took, as after an interruption, must not be taken for this one
             torch.cuda.synchronize(board.level.device)
-        part.open = True
+        part.open = self._idle = True
         box.clear()
         _replay(part)
         scores = part.score.clone() if observe else None
 
         def answer() -> tuple[Host, Tensor | None]:
             found = box.arrived() - 1
-            part.open, self._waited = False, True
+            part.open, self._waited = False, self._idle
             if size < board.rows:
                 return found[: len(rows)], None if scores is None else scores[: len(rows)]
             return found[rows], None if scores is None else scores[torch.from_numpy(rows).to(scores.device)]

@@ -32,13 +32,11 @@ Answer = Callable[[], tuple[Host, Tensor | None]]
 
 
 class Rows(Protocol):
-    """What is done to some rows of one call (int64, ascending). Made by `offramp.engines.diffusion.run.Runner.rows`.
+    """What is done to some rows of one call (int64, ascending). Made by `offramp.engines.diffusion.run.Runner.rows`."""
 
-    Attributes:
-        ahead: whether what is launched runs while the host waits for an answer, so that it may pay to go on before it is there.
-    """
-
-    ahead: bool
+    def ahead(self, rows: int, staying: int, start: int, stop: int) -> bool:
+        """Whether it pays to run segments for all of some rows before an answer says which of them stay, about so many."""
+        ...
 
     def run(self, rows: Host, start: int, stop: int) -> None:
         """Run segments ``start`` to ``stop - 1``. No decision falls between."""
@@ -139,14 +137,15 @@ class EagerRows:
         level: log-SNR of every row.
     """
 
-    ahead = False
-
     def __init__(self, cut: Cut, values: Mapping[str, Tensor], sample: Tensor, level: Sequence[float]) -> None:
         self.cut, self.sample, self.rows = cut, sample, len(level)
         self.values = dict(values)
         self._given = level
         self._level: Tensor | None = None
         self._indices: dict[bytes, Tensor] = {}
+
+    def ahead(self, rows: int, staying: int, start: int, stop: int) -> bool:
+        return False  # an answer is there when it was asked for
 
     def run(self, rows: Host, start: int, stop: int) -> None:
         state = CutState({n: self._some(n, rows) for n in self.cut.names(start)}, len(rows), start)

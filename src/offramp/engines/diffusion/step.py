@@ -25,10 +25,6 @@ from offramp.policies.denoising import Measured, Moment, Scheduled
 _NAMES = {SKIP: "skipped", COMPUTE: "score", NOT_FINITE: "not finite", MISSING: "missing"}
 
 
-FEW = 16
-"""A part of the batch so small that without it the rest would hardly run faster."""
-
-
 @dataclass
 class Walk:
     """One call on its way through the segments.
@@ -177,11 +173,13 @@ class Walk:
         if not seen.size or (signal.compares and not memory.reference):
             return found
         wait = self.rows.ask(point, memory, seen, self.observe)
-        if self.rows.ahead and following is not None and memory.gone is not None and memory.gone <= self.count // FEW:
-            # Hardly a row left here at the last step: all go on before the answer is there, and it is not waited for with nothing to do.
-            # What is computed of rows that are sent away after all is written over when they land.
-            self.rows.run(here, point.start, following)
-            self.ran = True
+        if following is not None and memory.gone is not None:
+            staying = max(0, len(here) - memory.gone)  # as many as at the last step
+            if self.rows.ahead(len(here), staying, point.start, following):
+                # All go on before the answer is there, and it is not waited for with nothing to do. What is computed of rows that are sent
+                # away after all is written over when they land.
+                self.rows.run(here, point.start, following)
+                self.ran = True
         answer, scores = wait()
         found[np.isin(asked, seen) if len(seen) < len(asked) else slice(None)] = answer
         if (answer != MISSING).any():

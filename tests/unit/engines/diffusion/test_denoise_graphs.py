@@ -24,6 +24,7 @@ from offramp.engines.diffusion.row_graphs import CapturedRows
 from offramp.policies.denoising import (
     INPUT,
     OUTPUT,
+    Chance,
     Every,
     Guard,
     InputChange,
@@ -371,3 +372,43 @@ def test_after_an_answer_the_first_segment_is_launched_alone(net: DenoisingNet, 
         torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
     at = net.boundary("blocks.0")
     assert (at, at + 1) in spans and any(start == at + 1 for start, _ in spans)
+
+
+@pytest.mark.parametrize("plan", ["state change", "residual change", "input change", "uncertainty", "several"])
+@pytest.mark.parametrize("quick", [True, False], ids=["short segments", "long segments"])
+def test_rows_go_on_before_the_answer_where_that_takes_less_than_waiting(
+    net: DenoisingNet, plan: str, quick: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many leave after all: their own answers, and what is counted, are those of a runner that waits."""
+    asked: list[tuple[int, int, bool]] = []
+    ahead = CapturedRows.ahead
+
+    def asking(self: CapturedRows, rows: int, staying: int, start: int, stop: int) -> bool:
+        asked.append((rows, staying, ahead(self, rows, staying, start, stop)))
+        return asked[-1][2]
+
+    monkeypatch.setattr(CapturedRows, "ahead", asking)
+    monkeypatch.setattr(Captured, "milliseconds", lambda self, board, start, stop, size: (0.01 if quick else 1.0) * size)
+    x, y = draw(8)
+    eager, captured = Denoiser(net, PLANS[plan]), Denoiser(net, PLANS[plan], run=Captured(CPU, compiled=False))
+    for _ in range(3):  # later with parts that were timed
+        for got, want in zip(trajectory(captured, x, y), trajectory(eager, x, y), strict=True):
+            torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+        a, b = captured.report, eager.report
+        assert torch.equal(a.depth, b.depth) and torch.equal(a.flops, b.flops) and a.reasons == b.reasons and a.ran == b.ran
+    size = captured.run.size  # type: ignore[attr-defined]
+    other = [answer for rows, staying, answer in asked if staying == 0 or size(staying, 8) < size(rows, 8)]
+    assert other and all(answer is quick for answer in other)
+
+
+def test_times_of_segments_are_those_of_the_graphs_that_were_made(net: DenoisingNet, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("offramp.engines.capture.Graph.milliseconds", lambda self: 2.0)
+    monkeypatch.setattr("tape.Tape.milliseconds", lambda self: 2.0)
+    run = Captured(CPU, compiled=False)
+    trajectory(Denoiser(net, [Point("blocks.1", -1, Identity(), Chance(), 0.5)], run=run), *draw(8))
+    (board,) = run._boards.values()
+    at = net.boundary("blocks.1")
+    assert run.milliseconds(board, 0, at, 8) == 2.0
+    assert run.milliseconds(board, 0, at + 1, 8) is None, "never made"
+    run._parts[board, 0, 1, 8] = run._parts[board, 1, at, 8] = run._parts.pop((board, 0, at, 8))
+    assert run.milliseconds(board, 0, at, 8) == 4.0, "made as two"
