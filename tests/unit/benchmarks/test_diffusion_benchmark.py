@@ -336,7 +336,7 @@ def test_what_matters_is_sampled_first(bench: ModuleType, ways: ModuleType) -> N
 
 def test_the_table_of_diffusion(render: ModuleType, ways: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(render, "results", dict)
-    assert render.diffusion(PAGE).startswith("*No result is committed yet; `make")
+    assert render.diffusion(PAGE).startswith("*No result is committed yet; `make") and render.imaging(PAGE).startswith("*No result")
     rule = ways.Way("a", "c", "flow", 9, (Point("x", "y", CachedResidual(), StateChange(), -0.1),)).to_dict()
     full, unseen = (ways.Way(n, "", "flow", 9).to_dict() for n in ("full model", "unseen"))
     chosen = ways.Way("a", "b", "flow", 9, about={"chosen": True}).to_dict()
@@ -359,6 +359,7 @@ def test_the_table_of_diffusion(render: ModuleType, ways: ModuleType, monkeypatc
         "planned_in": {"flow": 0},
         "verdicts": {
             "flow": {
+                "seeds": 1,
                 "half_time": [half],
                 "over_cost": [{"way": "a, b", "asked": 0.5, "executed": 0.5}, {"way": "a, c", "asked": 0.5, "executed": 0.6}],
                 "by_flops": [
@@ -389,6 +390,10 @@ def test_the_table_of_diffusion(render: ModuleType, ways: ModuleType, monkeypatc
     assert "2; few-steps 1.5 (worse), deepcache not as cheap | **missed**, not clear of the spread over seeds; not below the" in page
     assert "; not below the next dearer setting of few-steps |" in page
     assert "| text-unet | ras | 1 | - | - | it has no tokens |" in page and "Failed: quality flow: z" in page
+    short = render.imaging(PAGE)
+    assert (
+        "| a, b | 0.50 | 2 | 1.5 | not as cheap | not as cheap | not as cheap | not as cheap | a GPU |" in short and "Of one seed" in short
+    )
     half["not_measured"] = ["deepcache, every 2"]
     assert "not judged: 1 settings of these controls are not measured |" in render.diffusion(PAGE)
     result["rows"] = [r for r in result["rows"] if r["group"] != "quality"]
