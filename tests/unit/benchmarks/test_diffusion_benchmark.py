@@ -391,10 +391,8 @@ def test_the_table_of_diffusion(render: ModuleType, ways: ModuleType, monkeypatc
     assert "; not below the next dearer setting of few-steps |" in page
     assert "| text-unet | ras | 1 | - | - | it has no tokens |" in page and "Failed: quality flow: z" in page
     short = render.imaging(PAGE)
-    assert (
-        "| a, b | 0.50 | 2 | 1.5 | not as cheap | not as cheap | not as cheap | not as cheap | a GPU |" in short
+    assert "| a, b | 0.50 | 2 | 1.5 | not as cheap | not as cheap | not as cheap | not as cheap | a GPU |" in short
     assert "Of one seed" in short
-    )
     half["not_measured"] = ["deepcache, every 2"]
     assert "not judged: 1 settings of these controls are not measured |" in render.diffusion(PAGE)
     result["rows"] = [r for r in result["rows"] if r["group"] != "quality"]
