@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, fx
+
+from offramp.backbones.graph import is_random, mutated
 
 _VIEWS = {"chunk", "expand", "permute", "reshape", "select", "slice", "split", "split_with_sizes", "squeeze", "transpose", "unbind"}
 _VIEWS |= {"unsqueeze", "view"}
@@ -43,13 +44,13 @@ def early_part(module: fx.GraphModule, early: Sequence[bool]) -> EarlyPart | Non
     """
     nodes = list(module.graph.nodes)
     inputs = [n for n in nodes if n.op == "placeholder"]
-    if any(n.op in ("call_module", "call_method") or _writes(n) for n in nodes):
+    if any(n.op in ("call_module", "call_method") or mutated(n) for n in nodes):
         return None
     there = {n for n, e in zip(inputs, early, strict=True) if e}
     free = there | {n for n in nodes if n.op == "get_attr"}
     depends = set(there)
     for node in nodes:
-        if node.op == "call_function" and not _random(node) and all(s in free for s in node.all_input_nodes):
+        if node.op == "call_function" and not is_random(node) and all(s in free for s in node.all_input_nodes):
             free.add(node)
             if any(s in depends for s in node.all_input_nodes):
                 depends.add(node)
@@ -105,15 +106,6 @@ def _graph(
 def _name(node: fx.Node) -> str:
     packet = getattr(node.target, "overloadpacket", None)
     return str(packet.__name__) if packet is not None else ""
-
-
-def _writes(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None) if node.op == "call_function" else None
-    return schema is not None and bool(schema.is_mutable)
-
-
-def _random(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
 
 
 __all__ = ["EarlyPart", "early_part"]

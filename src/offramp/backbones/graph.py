@@ -165,11 +165,10 @@ def _bring_ahead(nodes: Sequence[fx.Node], part: dict[fx.Node, int], states: Seq
     """
     known = set(nodes)
     root = _roots(nodes)
-    written = {root.get(t, t) for n in nodes for t in _mutated(n)}
+    written = {root.get(t, t) for n in nodes for t in mutated(n)}
 
     def fixed(node: fx.Node) -> bool:
-        random = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
-        return random or root[node] in written or bool(_mutated(node))
+        return is_random(node) or root[node] in written or bool(mutated(node))
 
     for k in range(len(states), 0, -1):
         dependent = {states[k - 1]}
@@ -263,7 +262,12 @@ def _schema(node: fx.Node) -> Any:
     return getattr(node.target, "_schema", None) if node.op == "call_function" else None
 
 
-def _mutated(node: fx.Node) -> list[fx.Node]:
+def is_random(node: fx.Node) -> bool:
+    """Whether an operator draws random numbers."""
+    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
+
+
+def mutated(node: fx.Node) -> list[fx.Node]:
     """Arguments that an operator writes to."""
     schema = _schema(node)
     if schema is None or not schema.is_mutable:
@@ -285,7 +289,7 @@ def _mutated(node: fx.Node) -> list[fx.Node]:
 def _rename_mutated(graph: fx.Graph) -> None:
     """After ``y = x.op_()`` the graph may still say ``x``; say ``y``, so that liveness by name is liveness by value."""
     for node in list(graph.nodes):
-        for target in _mutated(node):
+        for target in mutated(node):
             if isinstance(node.meta.get("val"), Tensor):
                 target.replace_all_uses_with(node, delete_user_cb=partial(_later, node=node))
 
@@ -320,7 +324,7 @@ def _size_derived(nodes: Sequence[fx.Node], symbol: Any) -> set[fx.Node]:
     Products and convolutions are left out: they are carried, not paid twice. So is what is written to or random.
     """
     root = _roots(nodes)
-    written = {root.get(t, t) for n in nodes for t in _mutated(n)}
+    written = {root.get(t, t) for n in nodes for t in mutated(n)}
     found: set[fx.Node] = set()
     constant: set[fx.Node] = set()
     for node in nodes:
@@ -332,7 +336,7 @@ def _size_derived(nodes: Sequence[fx.Node], symbol: Any) -> set[fx.Node]:
             continue
         if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
             continue
-        if root[node] in written or node.target.overloadpacket in flop_registry or torch.Tag.nondeterministic_seeded in node.target.tags:
+        if root[node] in written or node.target.overloadpacket in flop_registry or is_random(node):
             continue
         sources = node.all_input_nodes
         if all(s in constant for s in sources):
@@ -569,7 +573,7 @@ def _extract(
 def _used(body: Sequence[fx.Node], makes: Sequence[fx.Node], again: set[fx.Node]) -> list[fx.Node]:
     """The part of a segment that its results depend on; what writes in place is kept."""
     wanted: set[fx.Node] = set()
-    stack = [*makes, *(n for n in body if _mutated(n))]
+    stack = [*makes, *(n for n in body if mutated(n))]
     while stack:
         node = stack.pop()
         if node not in wanted:
@@ -585,7 +589,7 @@ def protect_inputs(segment: Segment, values: Sequence[Tensor]) -> None:
     In-place operators would otherwise write into a state that was handed out, and running a segment twice from the same state
     would differ.
     """
-    if not any(_mutated(n) for n in segment.module.graph.nodes):
+    if not any(mutated(n) for n in segment.module.graph.nodes):
         return
     values = [v.clone() for v in values]
     before = [v._version for v in values]
