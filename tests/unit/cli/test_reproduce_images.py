@@ -73,6 +73,14 @@ def test_settings_that_are_trained_for_a_cost_get_cheaper() -> None:
     assert [round(6 * s.skips.share) for s in candidates(systems.build("shallow"), 6)] == [5, 4, 3, 2, 1]
 
 
+def test_a_setting_that_does_not_fit_the_model_is_not_in_the_way_of_those_that_do() -> None:
+    """The published number of groups does not divide every model's blocks."""
+    bench = reproduce_images.Bench(QUICK, reproduce_images.read_pictures(QUICK, None, "cpu"), 0, "cpu", lambda text: None)
+    found = bench.row("latte-flow", {}, 0.75)
+    assert found["how"] == "LayerGroups(groups=3)" and found["cost"] < 0.75
+    assert "infeasible" in bench.row("latte-flow", {}, 0.05)
+
+
 def test_settings_are_checked() -> None:
     assert ImageSettings.load(CONFIG, "tiny").budgets == (0.75, 0.6, 0.5)
     with pytest.raises(InvalidInput, match="must not be empty"):
