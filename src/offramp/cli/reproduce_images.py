@@ -345,10 +345,9 @@ def trained_for(bench: Bench, system: System, cost: float) -> dict[str, Any]:
     """The dearest of a system's settings within a cost, trained for it."""
     start = bench.make().to(bench.device)
     start.load_state_dict(bench.start())
-    fitting = list(candidates(system, bench.settings.depth))  # its own setting, such as a number of groups, need not fit this model
-    probe = bench.attached(start, fitting[0])
     best = 1.0
-    for found in fitting:
+    for found in candidates(system, bench.settings.depth):
+        probe = bench.attached(start, found)  # each goes on at places of its own; the published one need not fit this model
         spent = _scheduled_cost(bench, probe.net, found.skips.points(probe.layout))
         best = min(best, spent)
         if spent <= cost * (1 + 1e-9):

@@ -75,9 +75,11 @@ def test_settings_that_are_trained_for_a_cost_get_cheaper() -> None:
 
 def test_a_setting_that_does_not_fit_the_model_is_not_in_the_way_of_those_that_do() -> None:
     """The published number of groups does not divide every model's blocks."""
-    bench = reproduce_images.Bench(QUICK, reproduce_images.read_pictures(QUICK, None, "cpu"), 0, "cpu", lambda text: None)
-    found = bench.row("latte-flow", {}, 0.75)
-    assert found["how"] == "LayerGroups(groups=3)" and found["cost"] < 0.75
+    deeper = dataclasses.replace(QUICK, depth=6, samples=8)
+    bench = reproduce_images.Bench(deeper, reproduce_images.read_pictures(deeper, None, "cpu"), 0, "cpu", lambda text: None)
+    for cost, groups in ((0.75, 2), (0.5, 3)):
+        found = bench.row("latte-flow", {}, cost)
+        assert found["how"] == f"LayerGroups(groups={groups})" and found["cost"] < cost
     assert "infeasible" in bench.row("latte-flow", {}, 0.05)
 
 
