@@ -220,8 +220,9 @@ class Mailbox:
     EMPTY = -1
 
     def __init__(self, size: int, device: torch.device) -> None:
+        self._device, self._cuda = device, device.type == "cuda"
         host = torch.full((size,), self.EMPTY, dtype=torch.int64)
-        self._host = host.pin_memory() if device.type == "cuda" else host
+        self._host = host.pin_memory() if self._cuda else host
         self._view = self._host.numpy()
         self.waits = 0
 
@@ -254,8 +255,17 @@ class Mailbox:
         return values
 
     def arrived(self) -> npt.NDArray[np.int64]:
-        """All values, as soon as they are there; other threads of the host may go on meanwhile."""
+        """All values, as soon as they are there; other threads of the host may go on meanwhile.
+
+        Raises:
+            RuntimeError: they will not come: the device has failed, or nothing that it was given posts them.
+        """
         self.waits += 1
+        polls = 0
         while not self.ready:
             time.sleep(0)
+            polls += 1
+            idle = not self._cuda or (polls % 4096 == 0 and torch.cuda.current_stream(self._device).query())  # raises what went wrong
+            if idle and not self.ready:
+                raise RuntimeError("The device has done all it was given and has not answered; this is a defect of the engine.")
         return self._view.copy()

@@ -60,3 +60,11 @@ def test_what_arrives_is_what_was_there_when_it_was_sent() -> None:
 def test_what_runs_beside_is_answered_in_any_order() -> None:
     waits = Beside(CPU).start([lambda: 1, lambda: 2])
     assert [waits[1](), waits[0]()] == [2, 1]
+
+
+def test_whoever_waits_for_what_nobody_posts_is_told() -> None:
+    box = Mailbox(2, CPU)
+    with pytest.raises(RuntimeError, match="has not answered"):
+        box.arrived()
+    box.post(torch.tensor([2, 1]))
+    assert box.arrived().tolist() == [2, 1]

@@ -36,7 +36,7 @@ FEW = 16
 """A part of the batch so small that without it the rest would hardly run faster, as long as that was not measured."""
 
 WAIT_MS = 0.15
-"""What a device stands still, from making an answer to the first kernel that depends on it (0.12 to 0.2 ms measured on an H200)."""
+"""About what a device stands still, from making an answer to the first kernel that depends on it."""
 
 
 class Board:
